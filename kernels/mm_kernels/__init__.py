@@ -1,0 +1,1 @@
+"""Kernels that know nothing of the trainer: tensors in, tensors out."""

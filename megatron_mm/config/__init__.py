@@ -1,0 +1,1 @@
+"""Typed configuration: one frozen dataclass for each Hydra group under configs/."""

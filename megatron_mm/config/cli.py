@@ -1,0 +1,60 @@
+"""The command line: Hydra composes, and a user's mistake ends in one line and exit code 2 instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from megatron_mm.config.compose import CONFIG_MODULE, CONFIG_NAME, Config, explain, from_dict_config
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def run(task: Callable[[Config], None]) -> None:
+    """Call `task` with the configuration of `sys.argv`; Hydra's own flags (`--cfg job`, `--help`) work as always.
+
+    Exits with 2 after `error: ...` on stderr where the mistake is the user's; HYDRA_FULL_ERROR=1 shows the traceback.
+    """
+    traceback = os.environ.get(FULL_ERROR) == "1"
+
+    @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
+    def main(cfg: DictConfig) -> None:
+        with user_errors(traceback):
+            task(from_dict_config(cfg))
+
+    with user_errors(traceback):
+        # Hydra then raises its errors instead of printing them, so that they can be explained.
+        os.environ[FULL_ERROR] = "1"
+        main()
+
+
+@contextmanager
+def user_errors(traceback: bool = False) -> Iterator[None]:
+    """Turns a ValueError that our own code raised into one line on stderr and exit code 2; others pass through."""
+    try:
+        yield
+    except (HydraException, ValueError) as error:
+        if traceback or not (isinstance(error, HydraException) or _raised_by_us(error.__traceback__)):
+            raise
+        problem = explain(error) if isinstance(error, HydraException) else error
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {problem}" if rank == "0" else f"error (rank {rank}): {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _raised_by_us(traceback: TracebackType | None) -> bool:
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    package = __name__.partition(".")[0]
+    return traceback is not None and _module(traceback).partition(".")[0] in (package, "__main__")
+
+
+def _module(traceback: TracebackType) -> str:
+    return str(traceback.tb_frame.f_globals.get("__name__", ""))

@@ -1,0 +1,165 @@
+"""From Hydra's nested dictionary to one frozen, typed `Config`, with errors that say what to type instead.
+
+YAML and command line meet in Hydra; everything behind this file reads dataclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
+from megatron_mm.config.schema import (
+    AttentionConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+ModelConfig = TransfusionConfig | ChameleonConfig
+FAMILIES: dict[str, type[ModelConfig]] = {"transfusion": TransfusionConfig, "chameleon": ChameleonConfig}
+
+CONFIG_MODULE = "megatron_mm_configs"
+CONFIG_NAME = "config"
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, in one sentence that names the key."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Each attribute is one Hydra group."""
+
+    model: ModelConfig = TransfusionConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+    logging: LoggingConfig = LoggingConfig()
+    attention: AttentionConfig = AttentionConfig()
+
+
+def compose(overrides: list[str]) -> Config:
+    """The configuration that the same overrides give on the command line: `compose(["experiment=demo"])`.
+
+    Raises:
+        ConfigError: an unknown key or option, a value of the wrong type, a key that is not set.
+    """
+    try:
+        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            cfg = hydra.compose(CONFIG_NAME, overrides)
+    except HydraException as error:
+        raise explain(error) from error
+    return from_dict_config(cfg)
+
+
+def from_dict_config(cfg: DictConfig) -> Config:
+    """What Hydra composed, as frozen dataclasses; keys that are left out take the dataclasses' defaults.
+
+    Raises:
+        ConfigError: see `compose`.
+    """
+    for key in _missing_keys(OmegaConf.to_container(cfg), ""):
+        raise ConfigError(f"{key} is not set: add {key}=... or choose an experiment=NAME that sets it.")
+    try:
+        groups: dict[Any, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key} cannot be resolved: {error.msg}.") from error
+    return _build(replace(Config(), model=_family_default(groups.get("model", {}))), groups, "")
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML; `from_dict_config` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def explain(error: HydraException) -> ConfigError:
+    """Hydra's message as one sentence of ours."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        prefix, _, name = str(cause.full_key).rpartition(".")
+        return _unknown(prefix, name, [str(key) for key in cause.parent_node or () if key != "hydra"])
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        meant = _did_you_mean(option, error.options, f"{group}=")
+        return ConfigError(f"{group}={option} does not exist{meant}; options: {', '.join(error.options)}.")
+    text = ": ".join(str(error).partition("\nSee ")[0].splitlines()).rstrip(".")
+    return ConfigError(f"{text}; an override is written key=value.")
+
+
+def _missing_keys(node: Any, prefix: str) -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _missing_keys(value, _join(prefix, name))
+    elif node == MISSING:
+        yield prefix
+
+
+def _family_default(model: Any) -> ModelConfig:
+    family = model.get("family") if isinstance(model, dict) else model
+    if family not in FAMILIES:
+        raise ConfigError(f"model.family={family} is unknown; families: {', '.join(FAMILIES)}.")
+    return FAMILIES[family]()
+
+
+def _build(default: T, node: Any, prefix: str) -> T:
+    """`default` with the values of `node`, recursively."""
+    hints = get_type_hints(type(default))
+    if not isinstance(node, dict):
+        raise ConfigError(f"{prefix}={node} must be a group with the keys {', '.join(hints)}.")
+    values = {}
+    for name, value in node.items():
+        if name not in hints:
+            raise _unknown(prefix, name, hints)
+        key, old = _join(prefix, name), getattr(default, name)
+        values[name] = _build(old, value, key) if is_dataclass(old) else _leaf(key, value, hints[name])
+    return replace(default, **values)  # type: ignore[type-var]
+
+
+def _leaf(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` (X or X | None), or the error that says what is expected."""
+    kinds = get_args(hint) or (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = kinds[0]
+    if type(value) is int and kind in (float, str):
+        return kind(value)
+    if type(value) is not kind:
+        shown = "null" if value is None else value
+        raise ConfigError(f"{key}={shown} must be {KINDS[kind]}{' or null' if NoneType in kinds else ''}.")
+    return value
+
+
+def _unknown(prefix: str, name: str, known: Iterable[str]) -> ConfigError:
+    known = list(known)
+    meant = _did_you_mean(name, known, f"{prefix}." if prefix else "")
+    within = f"keys of {prefix}" if prefix else "groups"
+    return ConfigError(f"{_join(prefix, name)} is not a known key{meant}; {within}: {', '.join(known) or 'none'}.")
+
+
+def _did_you_mean(name: str, known: Iterable[str], prefix: str) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

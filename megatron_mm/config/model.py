@@ -1,0 +1,94 @@
+"""The model groups: the transformer trunk, and one dataclass for each family around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from megatron_mm.config.fields import choice
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """A Llama-style transformer: RMSNorm, SwiGLU, RoPE, no biases, untied head."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_query_groups: Optional[int] = None
+    """Key/value heads (GQA); null means one per attention head."""
+    ffn_hidden_size: Optional[int] = None
+    """SwiGLU width; null means Llama's: 2/3 of 4 * hidden_size, rounded up to a multiple of 256 (of 32 below 1024)."""
+    qk_layernorm: bool = False
+    """LayerNorm with weight and bias on each head's queries and keys, before RoPE (Chameleon)."""
+    norm_placement: str = choice("pre", "swin")
+    """`pre`: h + f(norm(h)). `swin`: h + norm(f(h))."""
+    hidden_dropout: float = 0.0
+    """After the attention and the feed-forward outputs."""
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        multiple = 256 if self.hidden_size >= 1024 else 32
+        return -(-(8 * self.hidden_size // 3) // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image as the model sees it: a grid of latents or pixels (continuous), or of codes (discrete)."""
+
+    channels: int = 3
+    height: int = 32
+    """Rows of the grid before patchification (pixels, or the latents of a VAE); for codes, rows of codes."""
+    width: int = 32
+
+
+@dataclass(frozen=True)
+class TransfusionConfig:
+    """Transfusion (arXiv 2408.11039)."""
+
+    family: str = "transfusion"
+    trunk: TrunkConfig = TrunkConfig()
+    image: ImageConfig = ImageConfig()
+    patch_size: int = 2
+    patch_codec: str = choice("linear", "unet")
+    """`unet` has down and up blocks."""
+    unet_channels: int = 64
+    """Channels of the first U-Net block; doubled at every halving."""
+    ddpm_weight: float = 5.0
+    num_train_timesteps: int = 1000
+    caption_first: float = 0.8
+    """Share of caption-image pairs in which the caption comes first."""
+    image_first_max_timestep: int = 500
+    """Bound on the timestep of an image that a later caption describes."""
+    condition_dropout: float = 0.0
+    """Share of caption-first pairs trained without their caption, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class ChameleonConfig:
+    """Chameleon (arXiv 2405.09818)."""
+
+    family: str = "chameleon"
+    trunk: TrunkConfig = TrunkConfig(qk_layernorm=True)
+    image: ImageConfig = ImageConfig(channels=3, height=32, width=32)
+    """height and width are the code grid's: an image is height * width codes."""
+    image_codes: int = 8192
+    vocab_size: Optional[int] = None
+    """Entries of the whole vocabulary; null means just what tokenizer, specials and image codes need."""
+    z_loss_weight: float = 1e-5
+    image_first: float = 0.5
+    """Share of caption-image pairs in which the image comes first."""
+    condition_dropout: float = 0.0

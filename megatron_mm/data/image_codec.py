@@ -1,0 +1,144 @@
+"""Image codecs: a picture file on one side, the array the model reads on the other.
+
+Pixels are float32 in [-1, 1]; a patch codebook turns each p x p patch into one code. The codebook is k-means on raw
+patches: no match for a VQGAN, but it trains in seconds without any download and shows the discrete path end to end.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.schema import DataConfig
+from megatron_mm.data.files import replacing
+
+MODES = {1: "L", 3: "RGB"}
+"""Pillow's mode for each number of channels."""
+
+
+class ImageCodec(Protocol):
+    """`codes` is the number of image codes, 0 for a continuous codec."""
+
+    codes: int
+
+    def encode(self, image: Image.Image) -> np.ndarray:
+        """float32 [C, H, W] in [-1, 1], or int64 codes [h, w]."""
+        ...
+
+    def decode(self, array: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, C], from what `encode` returns (or a model's imitation of it)."""
+        ...
+
+
+class PixelCodec:
+    """Pixels, resized (Lanczos) where the size differs; transparency is laid on white.
+
+    Raises:
+        ValueError: `channels` is neither 1 nor 3.
+    """
+
+    codes = 0
+
+    def __init__(self, channels: int, height: int, width: int):
+        if channels not in MODES:
+            raise ValueError(f"model.image.channels={channels}: pixels have 1 (grey) or 3 (RGB) channels.")
+        self.channels, self.height, self.width = channels, height, width
+
+    def encode(self, image: Image.Image) -> np.ndarray:
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert(MODES[self.channels])
+        if image.size != (self.width, self.height):
+            image = image.resize((self.width, self.height), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image, dtype=np.float32).reshape(self.height, self.width, self.channels)
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return np.subtract(pixels / 127.5, 1, dtype=np.float32)
+
+    def decode(self, array: np.ndarray) -> np.ndarray:
+        pixels = np.clip(np.rint((array.transpose(1, 2, 0) + 1) * 127.5), 0, 255)
+        return np.asarray(pixels, dtype=np.uint8)
+
+
+class PatchVQCodec:
+    """Nearest entries of a codebook of patches.
+
+    codebook float32 [K, C * patch * patch] in [-1, 1], each entry (channel, row, column)-major; images are
+    channels x height x width pixels, so that codes are int64 [height / patch, width / patch].
+    """
+
+    def __init__(self, codebook: np.ndarray, channels: int, height: int, width: int, patch: int):
+        if height % patch or width % patch:
+            raise ValueError(f"Images of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}.")
+        self.pixels = PixelCodec(channels, height, width)
+        self.codebook, self.patch = codebook, patch
+        self.codes = len(codebook)
+        self.grid = (height // patch, width // patch)
+
+    def encode(self, image: Image.Image) -> np.ndarray:
+        patches = patchify(self.pixels.encode(image), self.patch)
+        # argmin of |c|^2 - 2 x.c, which is |x - c|^2 up to a constant of the patch
+        distance = (self.codebook**2).sum(1) - 2 * patches @ self.codebook.T
+        return distance.argmin(1).reshape(self.grid).astype(np.int64)
+
+    def decode(self, array: np.ndarray) -> np.ndarray:
+        (h, w), p, channels = self.grid, self.patch, self.pixels.channels
+        patches = self.codebook[array.reshape(-1)].reshape(h, w, channels, p, p)
+        return self.pixels.decode(patches.transpose(2, 0, 3, 1, 4).reshape(channels, h * p, w * p))
+
+    def save(self, path: Path) -> None:
+        """Write the codebook as npz, whole or not at all."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file,
+                codebook=self.codebook,
+                channels=self.pixels.channels,
+                height=self.pixels.height,
+                width=self.pixels.width,
+                patch=self.patch,
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> PatchVQCodec:
+        """
+        Raises:
+            ValueError: the file is missing or no codebook.
+        """
+        if not path.is_file():
+            raise ValueError(f"data.image_tokenizer={path} is no file. Use 'pixels' or the path of a codebook (*.npz).")
+        try:
+            with np.load(path) as saved:
+                sizes = {name: int(saved[name]) for name in ("channels", "height", "width", "patch")}
+                return cls(saved["codebook"], **sizes)
+        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"data.image_tokenizer={path} is not a patch codebook: {error}.") from error
+
+
+def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """[C, H, W] -> [(H / patch) * (W / patch), C * patch * patch], row-major, each patch (channel, row, column)."""
+    channels, height, width = pixels.shape
+    grid = pixels.reshape(channels, height // patch, patch, width // patch, patch)
+    return grid.transpose(1, 3, 0, 2, 4).reshape(-1, channels * patch * patch)
+
+
+def load_image_codec(data: DataConfig, image: ImageConfig) -> ImageCodec:
+    """The codec that `data.image_tokenizer` names, checked against `model.image`.
+
+    Raises:
+        ValueError: no such codebook, or its code grid is not model.image.height x model.image.width.
+    """
+    if data.image_tokenizer == "pixels":
+        return PixelCodec(image.channels, image.height, image.width)
+    codec = PatchVQCodec.load(Path(data.image_tokenizer))
+    if codec.grid != (image.height, image.width):
+        raise ValueError(
+            f"data.image_tokenizer={data.image_tokenizer} makes {codec.grid[0]} x {codec.grid[1]} codes of an image, "
+            f"but the model expects {image.height} x {image.width}. "
+            f"Set model.image.height={codec.grid[0]} model.image.width={codec.grid[1]}."
+        )
+    return codec

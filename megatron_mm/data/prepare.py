@@ -1,0 +1,103 @@
+"""Turns a corpus into shards: python -m megatron_mm.data.prepare {mnist,emoji,folder} --out DIR [options].
+
+Writes DIR/train and DIR/val, a patch codebook DIR/codebook.npz if the source fits one, and at last the card
+DIR/dataset.json (counts, options, licence). With the card in place a second call does nothing; `--force` starts over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from megatron_mm.data.files import replacing
+from megatron_mm.data.shards import Record, write_shards
+from megatron_mm.data.sources.base import Source
+
+SOURCES = ("mnist", "emoji", "folder")
+"""Modules of `megatron_mm.data.sources`, each with `add_arguments(parser)` and `load(args) -> Source`."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Raises:
+        ValueError: the source's packages are missing, or the folder was prepared with other options.
+    """
+    parser = argparse.ArgumentParser(prog="python -m megatron_mm.data.prepare", add_help=False)
+    parser.add_argument("source", choices=SOURCES)
+    known, rest = parser.parse_known_args(argv)
+    try:
+        source = importlib.import_module(f"megatron_mm.data.sources.{known.source}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{known.source} needs the package {error.name}: pip install 'megatron_mm[demo]'.") from error
+    parser = argparse.ArgumentParser(prog=f"{parser.prog} {known.source}", description=source.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="write again what is already there")
+    source.add_arguments(parser)
+    args = parser.parse_args(rest)
+    options = {name: str(value) for name, value in vars(args).items() if name not in ("out", "force")}
+    if args.force or not _complete(args.out, known.source, options):
+        write_dataset(args.out, source.load(args), known.source, options)
+
+
+def write_dataset(out: Path, source: Source, kind: str, options: dict[str, str]) -> None:
+    """Write the splits, the codebook and last the card, replacing what stood there."""
+    card_path, codebook_path = out / "dataset.json", out / "codebook.npz"
+    card_path.unlink(missing_ok=True)
+    codebook_path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for split, records in source.splits.items():
+        for old in (out / split).glob("shard-*.tar*"):
+            old.unlink()
+        tally = Counter(documents=0, images=0)
+        silent = not Console().is_terminal
+        write_shards(out / split, _counted(track(records, f"{source.name}/{split}", disable=silent), tally))
+        counts[split] = dict(tally)
+    if source.codebook:
+        source.codebook.save(codebook_path)
+    card = {
+        "name": source.name,
+        "kind": kind,
+        "options": options,
+        "splits": counts,
+        "licence": source.licence,
+        "origin": source.origin,
+        "attribution": source.attribution,
+    }
+    with replacing(card_path) as temporary:
+        temporary.write_text(json.dumps(card, indent=2) + "\n")
+    print(f"{out}: " + ", ".join(f"{split} {tally['documents']} documents" for split, tally in counts.items()))
+
+
+def _counted(records: Iterable[Record], tally: Counter[str]) -> Iterator[Record]:
+    for record in records:
+        tally["documents"] += 1
+        tally["images"] += sum(not isinstance(segment, str) for segment in record.segments)
+        yield record
+
+
+def _complete(out: Path, kind: str, options: dict[str, str]) -> bool:
+    """Whether the dataset is there already, as wanted."""
+    path = out / "dataset.json"
+    if not path.is_file():
+        return False
+    card = json.loads(path.read_text())
+    if (card["kind"], card["options"]) != (kind, options):
+        raise ValueError(f"{out} was prepared with other options ({path}). Add --force to write it again.")
+    print(f"{out} is complete: nothing to do (--force writes it again).")
+    return True
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,79 @@
+"""Reads single samples out of shards by their place in the index: one range read each, whatever the shard's size."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_mm.data.image_codec import ImageCodec
+from megatron_mm.data.index import Index
+from megatron_mm.data.tokenizer import Tokenizer
+from megatron_mm.types import ImageSegment, Sample, Segment, TextSegment
+
+OPEN_SHARDS = 256
+"""File descriptors a reader keeps open."""
+
+
+class SampleReader:
+    """Random access to the samples of an index. Safe to share between threads."""
+
+    def __init__(self, index: Index, tokenizer: Tokenizer, codec: ImageCodec):
+        self.index, self.tokenizer, self.codec = index, tokenizer, codec
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
+
+    def read(self, uid: int) -> Sample:
+        """Sample number `uid` of the index, tokenised and encoded.
+
+        Raises:
+            ValueError: the shard changed since it was indexed, or an image cannot be decoded.
+        """
+        index = self.index
+        members = slice(index.starts[uid], index.starts[uid + 1])
+        offsets, sizes = index.offsets[members].tolist(), index.sizes[members].tolist()
+        first, end = min(offsets), max(offset + size for offset, size in zip(offsets, sizes, strict=True))
+        try:
+            block = self._open(index.path(uid)).read(first, end - first)
+            head, *images = (block[o - first : o - first + n] for o, n in zip(offsets, sizes, strict=True))
+            segments, meta = self._segments(head, images, bool(index.paired[uid]))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{index.path(uid)}, sample {index.key(uid)!r}, cannot be read: {error}") from error
+        return Sample(uid, index.key(uid), segments, meta)
+
+    def _segments(self, head: bytes, images: list[bytes], paired: bool) -> tuple[tuple[Segment, ...], dict]:
+        if paired:
+            return (self._text(head.decode()), self._image(images[0])), {}
+        document, pictures = json.loads(head), iter(images)
+        segments = tuple(
+            self._text(segment["text"]) if segment["type"] == "text" else self._image(next(pictures))
+            for segment in document["segments"]
+        )
+        return segments, document.get("meta", {})
+
+    def _text(self, text: str) -> TextSegment:
+        return TextSegment(self.tokenizer.encode(text))
+
+    def _image(self, content: bytes) -> ImageSegment:
+        return ImageSegment(self.codec.encode(Image.open(io.BytesIO(content))))
+
+
+class _Shard:
+    """An open shard. Closed by its last reference, so that the cache can drop it while another thread reads."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`; `pread` leaves no file position for threads to share."""
+        content = os.pread(self._fd, size, offset)
+        if len(content) != size:
+            raise ValueError("the shard is shorter than its index says; it changed during the run.")
+        return content

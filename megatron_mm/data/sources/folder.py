@@ -1,0 +1,51 @@
+"""A folder of pictures (searched in depth), each with its caption in a text file of the same name: cat.jpg, cat.txt."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_mm.data.index import IMAGE_SUFFIXES
+from megatron_mm.data.shards import Record
+from megatron_mm.data.sources.base import Source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--src", type=Path, required=True, help="folder of pictures and captions")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of pictures in the val split")
+    parser.add_argument("--licence", default="unknown", help="written into dataset.json")
+
+
+def load(args: argparse.Namespace) -> Source:
+    """
+    Raises:
+        ValueError: no pictures, or one without a caption.
+    """
+    pictures = sorted(path for path in args.src.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+    if not pictures:
+        raise ValueError(f"--src {args.src} holds no pictures ({', '.join(IMAGE_SUFFIXES)}).")
+    splits: dict[str, list[Path]] = {"train": [], "val": []}
+    for picture in pictures:
+        if not picture.with_suffix(".txt").is_file():
+            raise ValueError(f"{picture} has no caption: write it to {picture.with_suffix('.txt')}.")
+        draw = int.from_bytes(hashlib.blake2b(_key(args.src, picture).encode(), digest_size=4).digest(), "little")
+        splits["val" if draw < args.held_out * 2**32 else "train"].append(picture)
+    return Source(
+        name=args.src.name,
+        licence=args.licence,
+        origin=str(args.src),
+        attribution="",
+        splits={name: _records(args.src, split) for name, split in splits.items()},
+    )
+
+
+def _records(folder: Path, pictures: list[Path]) -> Iterator[Record]:
+    for picture in pictures:
+        caption = picture.with_suffix(".txt").read_text().strip()
+        yield Record(_key(folder, picture), (caption, picture.read_bytes()))
+
+
+def _key(folder: Path, picture: Path) -> str:
+    return picture.relative_to(folder).with_suffix("").as_posix().replace(".", "_")

@@ -1,0 +1,223 @@
+"""Checkpoints in megatron-core's distributed format: any layout saves them, any layout loads them.
+
+    checkpoints/iter_0000100/                 the sharded weights, optimizer state and common.pt
+    checkpoints/latest_checkpointed_iteration.txt   written last, atomically
+
+A save touches neither the tracker nor an older checkpoint until the new one is complete, so a kill at any instant
+leaves the previous one loadable.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+from megatron_mm.engines.megatron import MegatronEngine
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message says which, why, and what to do."""
+
+
+def latest_iteration(folder: str | Path) -> int | None:
+    """The iteration that the tracker file in `folder` names; None where there is no checkpoint."""
+    tracker = Path(folder, TRACKER)
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} should hold an iteration number but holds {text!r}; write the number there.")
+    return int(text)
+
+
+def resolve(folder: str | Path) -> Path:
+    """The iter_* folder meant by `folder`: itself, or the one its tracker names.
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete.
+    """
+    folder = Path(folder)
+    path = folder
+    if not folder.name.startswith("iter_"):
+        iteration = latest_iteration(folder)
+        if iteration is None:
+            raise CheckpointError(f"{folder} holds no checkpoint ({TRACKER} is missing): check the path.")
+        path = folder / f"iter_{iteration:07d}"
+    if not (path / "metadata.json").exists():
+        others = sorted(p.parent.name for p in path.parent.glob("iter_*/metadata.json"))
+        hint = f"complete ones there: {', '.join(others)}" if others else "there is no complete one beside it"
+        raise CheckpointError(f"{path} is not a complete checkpoint (metadata.json is missing); {hint}.")
+    return path
+
+
+def common_state(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself without its tensors: `iteration`, `config` (YAML), `data_state`, ..."""
+    path = resolve(folder)
+    try:
+        return dist_checkpointing.load_common_state_dict(path)
+    except Exception as error:  # torch.load and megatron-core raise many kinds
+        raise CheckpointError(f"{path} is corrupt: {_first_line(error)}. Load an older iter_* folder.") from error
+
+
+def load_weights(models: list, folder: str | Path) -> None:
+    """Loads only the weights, under any layout.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, corrupt or of another model.
+    """
+    path = resolve(folder)
+    state = _load({"model": _model_state(models)}, path)
+    for number, model in enumerate(models):
+        model.load_state_dict(_local_state(state["model"][str(number)]), strict=True)
+
+
+class Checkpointer:
+    """Saves and restores one engine in one folder."""
+
+    def __init__(self, engine: MegatronEngine, folder: str | Path, keep: int | None = None, use_async: bool = False):
+        self.engine, self.folder, self.keep, self.use_async = engine, Path(folder), keep, use_async
+        self._queue = AsyncCallsQueue()
+
+    def save(self, iteration: int, extra: dict[str, Any]) -> None:
+        """Saves weights, optimizer, schedule and `extra` (plain values) as `iter_<iteration>`; collective.
+
+        Raises:
+            CheckpointError: it could not be written; the previous checkpoint is still the latest.
+        """
+        self.finish()
+        path = self.folder / f"iter_{iteration:07d}"
+        problem = self._prepare(path) if dist.get_rank() == 0 else None
+        self._fail_together(problem, path)
+        state = self._state(is_loading=False) | {"iteration": iteration} | extra
+        try:
+            request = dist_checkpointing.save(
+                state, str(path), async_sharded_save=self.use_async, content_metadata=_METADATA
+            )
+        except Exception as error:
+            raise self._failure(path, error) from error
+        if request is None:
+            self._publish(iteration)
+        else:
+            request.add_finalize_fn(lambda: self._publish(iteration))
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Completes an asynchronous save that has been written; call it once an iteration on every rank."""
+        if self._queue.get_num_unfinalized_calls():
+            self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Waits for a save under way."""
+        self._finalize(blocking=True)
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Restores weights, optimizer and schedule from `folder` and returns the checkpoint's plain values."""
+        path = resolve(folder)
+        common = common_state(path)
+        ours = self.engine.config.parallel.use_distributed_optimizer
+        if common["distributed_optimizer"] != ours:
+            raise CheckpointError(
+                f"{path} was written with parallel.use_distributed_optimizer={str(not ours).lower()}, which cannot be "
+                f"converted: set it to {str(not ours).lower()}."
+            )
+        state = _load(self._state(is_loading=True), path)
+        for number, model in enumerate(self.engine.models):
+            model.load_state_dict(_local_state(state["model"][str(number)]), strict=True)
+        self.engine.optimizer.load_state_dict(state["optimizer"])
+        self.engine.schedule.load_state_dict(state["schedule"])
+        return common
+
+    def _state(self, is_loading: bool) -> dict[str, Any]:
+        model = _model_state(self.engine.models)
+        return {
+            "model": model,
+            "optimizer": self.engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA),
+            "schedule": self.engine.schedule.state_dict(),
+            "distributed_optimizer": self.engine.config.parallel.use_distributed_optimizer,
+        }
+
+    def _prepare(self, path: Path) -> str | None:
+        """Clears the place and looks for room before anything is written. Returns what is wrong, if anything."""
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            free = shutil.disk_usage(path).free
+        except OSError as error:
+            return f"{error.strerror} ({error.filename})"
+        # Weights, fp32 master weights and two moments, counted for this rank's share times the world.
+        need = sum(p.numel() * (p.element_size() + 12) for m in self.engine.models for p in m.parameters())
+        need *= self.engine.layout.tp_size * self.engine.layout.pp_size
+        if free < need:
+            return f"No space left on device: about {need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+        return None
+
+    def _fail_together(self, problem: str | None, path: Path) -> None:
+        box = [problem]
+        dist.broadcast_object_list(box, src=0)
+        if box[0] is not None:
+            raise self._failure(path, OSError(box[0]))
+
+    def _failure(self, path: Path, error: Exception) -> CheckpointError:
+        latest = latest_iteration(self.folder)
+        kept = "no earlier checkpoint exists" if latest is None else f"iter_{latest:07d} is still the latest checkpoint"
+        return CheckpointError(
+            f"could not save {path}: {_first_line(error)}. Free some space or change checkpoint.save; {kept}."
+        )
+
+    def _finalize(self, blocking: bool) -> None:
+        try:
+            self._queue.maybe_finalize_async_calls(blocking)
+        except Exception as error:
+            raise self._failure(self.folder, error) from error
+
+    def _publish(self, iteration: int) -> None:
+        """Names the complete checkpoint in the tracker, then drops the oldest beyond `keep`."""
+        dist.barrier()
+        if dist.get_rank() != 0:
+            return
+        temporary = self.folder / f".{TRACKER}"
+        with open(temporary, "w") as file:
+            file.write(str(iteration))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / TRACKER)
+        logger.info("saved checkpoint %s/iter_%07d", self.folder, iteration)
+        if self.keep:
+            for old in sorted(self.folder.glob("iter_*"))[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _model_state(models: list) -> dict[str, Any]:
+    return {str(number): model.sharded_state_dict() for number, model in enumerate(models)}
+
+
+def _local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A loaded sharded state under the module's own names."""
+    return state
+
+
+def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot load {path}: {_first_line(error)}. It is corrupt or of another model: compare its config with "
+            f"yours, or load an older iter_* folder."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

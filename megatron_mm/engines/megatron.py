@@ -1,0 +1,140 @@
+"""The default engine: one optimizer step of any family under any layout, by megatron-core.
+
+`step` takes this rank's micro-batches and returns the step's metrics, equal on every rank. Each loss term is divided by
+its own global count, which is summed over all micro-batches and ranks before the first backward pass, so gradients are
+only ever summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_mm.config.compose import Config
+from megatron_mm.families.base import Family
+from megatron_mm.parallel.init import initialize
+from megatron_mm.parallel.layout import Layout
+from megatron_mm.parallel.model import StageModel
+from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
+from megatron_mm.parallel.transformer_config import transformer_config
+from megatron_mm.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step reports. `losses` are means over each term's own global count."""
+
+    losses: dict[str, float]
+    counts: dict[str, int]
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+def build_chunks(config: Config, family: Family, layout: Layout) -> list[StageModel]:
+    """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
+    core = transformer_config(family.trunk, config.parallel, config.train, config.attention)
+    chunks = []
+    for stage in range(layout.virtual_stages):
+        virtual = stage if layout.virtual_stages > 1 else None
+        first = layout.pp_rank == 0 and stage == 0
+        last = layout.pp_rank == layout.pp_size - 1 and stage == layout.virtual_stages - 1
+        chunk = StageModel(core, family, first, last, virtual)
+        initialize(chunk, config.train.seed)
+        chunks.append(chunk)
+    return chunks
+
+
+class MegatronEngine:
+    """Model chunks under DDP, optimizer and schedule of one rank."""
+
+    def __init__(self, config: Config, family: Family, layout: Layout, device: torch.device):
+        self.config, self.family, self.layout, self.device = config, family, layout, device
+        self.models = build_chunks(config, family, layout)
+        parallel = config.parallel
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            grad_reduce_in_fp32=config.train.precision == "bf16",
+        )
+        core = self.models[0].config
+        self.chunks = [
+            DistributedDataParallel(core, ddp, model, disable_bucketing=number > 0)
+            for number, model in enumerate(self.models)
+        ]
+        core.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        if parallel.overlap_grad_reduce:
+            core.no_sync_func = [chunk.no_sync for chunk in self.chunks]
+            core.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks]
+            if len(self.chunks) == 1:
+                core.no_sync_func, core.grad_sync_func = core.no_sync_func[0], core.grad_sync_func[0]
+        self.optimizer, self.schedule = build_optimizer(self.chunks, config.optim, parallel, config.train)
+        self._forward_backward = get_forward_backward_func()
+
+    def step(self, batches: list[PackedBatch]) -> StepMetrics:
+        """One optimizer step over this rank's micro-batches of the global batch."""
+        counts = self._global_counts(batches)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        weights = [term.weight / max(counts[term.name], 1) for term in self.family.terms]
+        sums = self._run(batches, torch.tensor(weights, dtype=torch.float64), forward_only=False)
+        stepped, grad_norm = clip_and_step(self.optimizer)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if stepped:
+            self.schedule.step(1)
+        return self._metrics(sums, counts, grad_norm, learning_rate, skipped=not stepped)
+
+    def _run(self, batches: list[PackedBatch], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
+        """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""
+        weights = weights.to(self.device)
+
+        def loss_of(sums: torch.Tensor):
+            # No count is returned here (it would rescale the gradients): `weights` holds the counts already.
+            return (sums.double() * weights).sum().to(sums.dtype), torch.ones((), dtype=torch.int, device=self.device), sums.detach()
+
+        def forward_step(iterator, chunk):
+            batch = next(iterator).to(self.device, self.config.train.dtype)
+            return chunk(batch), loss_of
+
+        iterators = [iter(batches) for _ in self.chunks]
+        stored = self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        total = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
+        for sums in stored:
+            total += sums.double()
+        return total
+
+    def _global_counts(self, batches: list[PackedBatch]) -> dict[str, int]:
+        counts = [self.family.counts(batch) for batch in batches]
+        names = [term.name for term in self.family.terms]
+        total = torch.tensor([sum(c[name] for c in counts) for name in names], device=self.device)
+        dist.all_reduce(total, group=mpu.get_data_parallel_group())
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def _metrics(self, sums, counts, grad_norm: float, learning_rate: float, skipped: bool) -> StepMetrics:
+        if not self.layout.reports_losses:
+            sums.zero_()
+        dist.all_reduce(sums)
+        losses = {
+            term.name: total / max(counts[term.name], 1)
+            for term, total in zip(self.family.terms, sums.tolist(), strict=True)
+        }
+        loss = sum(term.weight * losses[term.name] for term in self.family.terms)
+        return StepMetrics(losses, counts, loss, grad_norm, learning_rate, skipped)

@@ -1,0 +1,23 @@
+"""Families by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
+from megatron_mm.families.base import Family
+from megatron_mm.families.chameleon import Chameleon
+from megatron_mm.families.transfusion import Transfusion
+
+FAMILIES: dict[str, Callable[..., Family]] = {"chameleon": Chameleon, "transfusion": Transfusion}
+
+
+def build_family(model: ChameleonConfig | TransfusionConfig, text_vocab_size: int) -> Family:
+    """The family that `model.family` names, for a text tokenizer of `text_vocab_size` entries.
+
+    Raises:
+        ValueError: the name is unknown, or the family refuses its configuration.
+    """
+    if model.family not in FAMILIES:
+        raise ValueError(f"Unknown model.family={model.family}: use one of {', '.join(sorted(FAMILIES))}.")
+    return FAMILIES[model.family](model, text_vocab_size)

@@ -1,0 +1,31 @@
+"""Layers that carry their own initial standard deviation.
+
+The engine draws every weight matrix by its name, so that it does not depend on layout or on the order of building. It
+reads `init_std` from the parameter where it has one. Vectors stay as built, hence zero biases here.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+
+def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
+    """A linear layer with weight std `std` (None: 1 / sqrt(inputs), which keeps the variance) and zero bias."""
+    layer = nn.Linear(inputs, outputs, bias)
+    _set_init(layer, inputs, std)
+    return layer
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, std: float | None = None) -> nn.Conv2d:
+    """A convolution that keeps the grid's size (at stride 1), with weight std as `linear` and zero bias."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
+    _set_init(layer, inputs * kernel * kernel, std)
+    return layer
+
+
+def _set_init(layer: nn.Linear | nn.Conv2d, fan_in: int, std: float | None) -> None:
+    layer.weight.init_std = 1 / math.sqrt(fan_in) if std is None else std
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,72 @@
+"""Images as sequences of patch vectors, and the linear layers that carry them in and out of the transformer.
+
+A patch vector holds a patch's P = C * p * p numbers in the order (channel, row, column), which is the order of torch's
+pixel_shuffle. Shape legend: B rows, S positions, D hidden size, h x w patches of an image of H x W numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from megatron_mm.nn.init import linear
+
+FREQUENCIES = 256
+
+
+def patchify(image: np.ndarray, p: int) -> np.ndarray:
+    """[C, H, W] -> [h * w, C * p * p], patches from left to right, then downwards; p divides H and W."""
+    channels, height, width = image.shape
+    grid = image.reshape(channels, height // p, p, width // p, p)
+    return grid.transpose(1, 3, 0, 2, 4).reshape(-1, channels * p * p)
+
+
+def unpatchify(patches: np.ndarray, h: int, w: int, p: int) -> np.ndarray:
+    """[h * w, C * p * p] -> [C, h * p, w * p], the inverse of `patchify`."""
+    grid = patches.reshape(h, w, -1, p, p)
+    return grid.transpose(2, 0, 3, 1, 4).reshape(-1, h * p, w * p)
+
+
+class TimestepEmbedding(nn.Module):
+    """Diffusion timesteps [...] -> vectors [..., P]: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, patch_dim: int, frequencies: int = FREQUENCIES) -> None:
+        super().__init__()
+        self.half = frequencies // 2
+        self.mlp = nn.Sequential(linear(frequencies, frequencies), nn.SiLU(), linear(frequencies, patch_dim))
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        dtype = self.mlp[0].weight.dtype
+        exponent = torch.arange(self.half, dtype=torch.float32, device=timestep.device) / self.half
+        angle = timestep[..., None].float() * torch.exp(-math.log(10000.0) * exponent)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
+
+
+class LinearPatchIn(nn.Module):
+    """Noised patches [B, S, P] and their timesteps [B, S] -> embeddings [B, S, D].
+
+    The timestep embedding is added to every patch vector before the linear layer (Transfusion). Positions without a
+    patch get some finite vector, which the caller leaves out.
+    """
+
+    def __init__(self, patch_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.time = TimestepEmbedding(patch_dim)
+        self.proj = linear(patch_dim, hidden_size)
+
+    def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return self.proj(patches + self.time(timestep))
+
+
+class LinearPatchOut(nn.Module):
+    """Hidden states [B, S, D] -> predictions [B, S, P]. Starts at zero."""
+
+    def __init__(self, hidden_size: int, patch_dim: int) -> None:
+        super().__init__()
+        self.proj = linear(hidden_size, patch_dim, std=0.0)
+
+    def forward(self, hidden: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return self.proj(hidden)

@@ -1,0 +1,34 @@
+"""Our attention in megatron-core's `core_attention` slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_mm.nn.attention import BACKENDS
+from megatron_mm.nn.kv_cache import KVCache, attend_cached
+from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
+
+
+class SpanAttention(nn.Module):
+    """Attention over the batch's interval mask, on this rank's heads.
+
+    With a `cache` set (sampling), the mask's `hi` row alone says what each new token sees, in cache coordinates.
+    """
+
+    def __init__(self, config: TrunkTransformerConfig, layer_number: int, **_unused):
+        super().__init__()
+        self.layer_number = layer_number
+        self.attend = BACKENDS[config.attention_backend_name]
+        self.cache: KVCache | None = None
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **_unused
+    ) -> torch.Tensor:
+        """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], attention_mask int32 [B, 5, S] -> [S, B, H/TP * Dh]."""
+        q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+        if self.cache is None:
+            out = self.attend(q, k, v, attention_mask[:, :3])
+        else:
+            out = attend_cached(q, *self.cache.update(self.layer_number, k, v), hi=attention_mask[:, 1])
+        return out.flatten(2).transpose(0, 1).contiguous()

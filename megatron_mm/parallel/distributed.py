@@ -1,0 +1,53 @@
+"""Process groups: one function to join a job, one to leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+
+from megatron_mm.config.schema import ParallelConfig
+from megatron_mm.parallel import cpu_device
+from megatron_mm.parallel.layout import Layout
+
+
+def pick_device() -> torch.device:
+    """This rank's CUDA device where there is one (ranks share devices when there are more ranks), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def process_groups(config: ParallelConfig, seed: int, device: torch.device, **init_kwargs) -> Iterator[Layout]:
+    """Joins the job that torchrun started (or makes one of a single process) and leaves it at the end.
+
+    `init_kwargs` go to `torch.distributed.init_process_group` in place of torchrun's environment.
+    """
+    cpu_device.enable(device)
+    if "RANK" not in os.environ and not init_kwargs:
+        init_kwargs = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = os.environ.get("MEGATRON_MM_BACKEND") or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, timeout=timedelta(minutes=10), **init_kwargs)
+    try:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+            context_parallel_size=config.context_parallel_size,
+            expert_model_parallel_size=config.expert_model_parallel_size,
+        )
+        # Only megatron-core's bookkeeping draws from these generators: no value of the run depends on them.
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield Layout.current(config, dist.get_world_size(), dist.get_rank())
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()

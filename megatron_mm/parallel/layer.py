@@ -1,0 +1,87 @@
+"""The transformer layer as megatron-core specs: where our attention, norms and dropout enter it."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
+
+from megatron_mm.nn.dropout import hash_tokens, hashed_dropout
+from megatron_mm.parallel.attention import SpanAttention
+from megatron_mm.parallel.norms import HeadNorm, RMSNorm
+from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
+
+
+class ResidualAdd(nn.Module):
+    """`residual + dropout(norm(x))`, in megatron-core's bias-dropout-add slot; the norm only in `swin` placement."""
+
+    def __init__(self, config: TrunkTransformerConfig):
+        super().__init__()
+        swin = config.norm_placement == "swin"
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if swin else IdentityOp()
+        self.token_hash: torch.Tensor | None = None
+
+    def forward(self, training: bool, fused: bool):
+        def add(x_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, p: float) -> torch.Tensor:
+            x = self.norm(x_with_bias[0])
+            if training and p > 0.0:
+                x = hashed_dropout(x, p, self.token_hash)
+            return residual + x
+
+        return add
+
+
+class PackedTransformerLayer(TransformerLayer):
+    """megatron-core's layer, which also tells its dropout which tokens it is looking at.
+
+    `attention_mask` is the batch's `meta` int32 [B, 5, S] (see `types.PackedBatch`). It is a tensor argument, so it
+    passes through full recompute and every pipeline schedule unchanged.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
+        if self.training and self.hidden_dropout > 0.0:
+            positions, keys = attention_mask[:, 3].t(), attention_mask[:, 4].t()  # [S, B]
+            if self.config.sequence_parallel:
+                rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+                positions, keys = positions.chunk(size)[rank], keys.chunk(size)[rank]
+            salt = self.config.dropout_seed * 2 * self.config.num_layers + 2 * self.layer_number
+            self.self_attn_bda.token_hash = hash_tokens(keys, positions, salt)
+            self.mlp_bda.token_hash = hash_tokens(keys, positions, salt + 1)
+        return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
+    """Specs of this stage's layers and of the final norm."""
+    head_norm = lambda heads: ModuleSpec(module=HeadNorm, params={"heads": heads}) if config.head_norm else None  # noqa: E731
+    pre_norm = RMSNorm if config.norm_placement == "pre" else IdentityOp
+    residual = ModuleSpec(module=ResidualAdd, params={"config": config})
+    layer = ModuleSpec(
+        module=PackedTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=pre_norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SpanAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm(config.num_attention_heads),
+                    k_layernorm=head_norm(config.num_query_groups),
+                ),
+            ),
+            self_attn_bda=residual,
+            pre_mlp_layernorm=pre_norm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=residual,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)

@@ -1,0 +1,105 @@
+"""One pipeline stage: the family's front on the first, megatron-core's transformer block, the family's back on the last."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
+
+from megatron_mm.families.base import Family
+from megatron_mm.parallel.layer import block_spec
+from megatron_mm.parallel.ops import MegatronOps
+from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
+from megatron_mm.types import PackedBatch
+
+
+class StageModel(MegatronModule):
+    """A model chunk of one rank. `first` and `last` say whether it holds the family's front and back."""
+
+    def __init__(
+        self, config: TrunkTransformerConfig, family: Family, first: bool, last: bool, virtual_stage: int | None
+    ):
+        super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = first, last
+        self.share_embeddings_and_output_weights = False
+        self.vp_stage = virtual_stage
+        self.terms = tuple(term.name for term in family.terms)
+        self.rotary_base = family.trunk.rotary_base
+        ops = MegatronOps(config)
+        options = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
+        self.front = family.build_front(ops).to(**options) if first else None
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, get_num_layers_to_build(config, virtual_stage)),
+            pre_process=first,
+            post_process=last,
+            vp_stage=virtual_stage,
+        )
+        self.back = family.build_back(ops).to(**options) if last else None
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Called by the pipeline schedule with the previous stage's output."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states [S (/ TP under sequence parallelism), B, D]; on the last stage the loss sums [terms]."""
+        hidden = self.hidden(batch)
+        if not self.post_process:
+            return hidden
+        sums = self.back(hidden.transpose(0, 1), batch)
+        return torch.stack([sums[name] for name in self.terms])
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """The trunk's output [S, B, D]: whole sequences on the last stage."""
+        x = None
+        if self.pre_process:
+            x = self.front(batch).transpose(0, 1).contiguous()
+            if self.config.sequence_parallel:
+                x = scatter_to_sequence_parallel_region(x)
+        x = self.decoder(x, attention_mask=batch.meta, rotary_pos_emb=self._rotary_angles(batch.meta[:, 3]))
+        if self.post_process and self.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        return x
+
+    def _rotary_angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Angles [S, B, 1, head_dim] of positions [B, S], in the half-split arrangement."""
+        precise = torch.float64 if self.config.params_dtype == torch.float64 else torch.float32
+        dim = self.config.kv_channels
+        exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+        angles = positions.t()[..., None].to(precise) * (self.rotary_base**-exponents).to(precise)
+        return torch.cat([angles, angles], -1).unsqueeze(2)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Sharded tensors under layout-free names: `front.*`, `decoder.layers.<global number>.*`, `back.*`."""
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+        state = self.decoder.sharded_state_dict(f"{prefix}decoder.", sharded_offsets, metadata)
+        for name, part in (("front", self.front), ("back", self.back)):
+            if part is not None:
+                state |= _sharded_tree(part, f"{prefix}{name}.", metadata)
+        return state
+
+
+def _sharded_tree(module: nn.Module, prefix: str, metadata: dict) -> dict:
+    """Sharded tensors of a family's part: megatron-core modules in it know their sharding, the rest is replicated."""
+    if hasattr(module, "sharded_state_dict"):
+        return module.sharded_state_dict(prefix, (), metadata)
+    own = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    state = make_sharded_tensors_for_checkpoint(
+        own,
+        prefix,
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+    )
+    for name, child in module.named_children():
+        state |= _sharded_tree(child, f"{prefix}{name}.", metadata)
+    return state

@@ -1,0 +1,65 @@
+"""`nn.ops.ParallelOps` on megatron-core: vocabulary-parallel embedding, head and loss."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import nn
+
+from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
+from megatron_mm.parallel.vocab_loss import VocabParallelCrossEntropy
+
+VOCAB_DIVISOR = 128
+"""Vocabularies are padded to this multiple under every layout, so that checkpoints do not depend on the layout."""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_DIVISOR) * VOCAB_DIVISOR
+
+
+class MegatronOps:
+    """Makes the vocabulary-parallel parts of a family's front and back.
+
+    Sequence parallelism stays in the trunk: front and back see whole sequences on every tensor-parallel rank, so their
+    replicated parameters get whole gradients.
+    """
+
+    def __init__(self, config: TrunkTransformerConfig):
+        self._config = copy.copy(config)
+        self._config.sequence_parallel = False
+
+    def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        return VocabParallelEmbedding(
+            padded_vocab_size(vocab_size), hidden_size, init_method=self._config.init_method, config=self._config
+        )
+
+    def vocab_head(self, hidden_size: int, vocab_size: int, bias: bool = False) -> nn.Module:
+        return VocabHead(self._config, hidden_size, vocab_size, bias)
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return VocabParallelCrossEntropy.apply(logits, labels, mpu.get_tensor_model_parallel_group())
+
+    def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region(logits)
+
+
+class VocabHead(ColumnParallelLinear):
+    """Output layer whose padding entries never take part: their logits are the dtype's lowest value."""
+
+    def __init__(self, config: TrunkTransformerConfig, hidden_size: int, vocab_size: int, bias: bool):
+        super().__init__(
+            hidden_size, padded_vocab_size(vocab_size), config=config, init_method=config.init_method, bias=bias
+        )
+        share = padded_vocab_size(vocab_size) // mpu.get_tensor_model_parallel_world_size()
+        self._real = min(max(vocab_size - mpu.get_tensor_model_parallel_rank() * share, 0), share)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits, _ = super().forward(hidden)
+        if self._real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= self._real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        return logits

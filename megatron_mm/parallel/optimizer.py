@@ -1,0 +1,133 @@
+"""megatron-core's optimizer and schedule, and the AdamW they expect where Transformer Engine is not installed."""
+
+from __future__ import annotations
+
+import math
+
+import megatron.core.optimizer as mcore_optimizer
+import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.optim.adamw import adamw
+
+from megatron_mm.config.schema import OptimConfig, ParallelConfig, TrainConfig
+
+
+class FusedAdam(torch.optim.AdamW):
+    """torch's AdamW in the shape of Apex's FusedAdam: the step count belongs to the parameter group.
+
+    megatron-core's distributed optimizer can save torch's own AdamW (a step per parameter) but not load it.
+    """
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True):
+        assert adam_w_mode, "only decoupled weight decay is supported"
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            group["step"] = group.get("step", 0) + 1
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            beta1, beta2 = group["betas"]
+            adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(group["step"] - 1.0, device=p.device) for p in params],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def build_optimizer(
+    chunks: list[torch.nn.Module], optim: OptimConfig, parallel: ParallelConfig, train: TrainConfig
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """The optimizer over DDP-wrapped model chunks, and its schedule, counted in iterations.
+
+    The schedule is never optional: it applies each group's `wd_mult`, without which norms would decay too.
+    """
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        mcore_optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.adam_beta1,
+            adam_beta2=optim.adam_beta2,
+            adam_eps=optim.adam_eps,
+            clip_grad=optim.clip_grad,
+            bf16=train.dtype == torch.bfloat16,
+            params_dtype=train.dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        ),
+        chunks,
+    )
+    decay = optim.lr_decay_iters or train.train_iters
+    exponential = optim.lr_decay_style == "exponential"
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.lr_warmup_iters,
+        lr_decay_steps=decay,
+        lr_decay_style="WSD" if exponential else optim.lr_decay_style,
+        wsd_decay_steps=decay - optim.lr_warmup_iters if exponential else None,
+        lr_wsd_decay_style="exponential" if exponential else None,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+    return optimizer, schedule
+
+
+def clip_and_step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
+    """Steps unless the gradient norm is not finite. Returns (stepped, norm before clipping).
+
+    The order is megatron-core's own `step`. The norm is summed in fp64: in fp32 its rounding depends on the layout, and
+    through the clipping factor every weight would.
+    """
+    if optimizer.prepare_grads():
+        return False, math.inf
+    norm = _grad_norm(optimizer)
+    if not math.isfinite(norm):
+        return False, norm
+    clip = optimizer.config.clip_grad
+    if clip > 0.0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+    return optimizer.step_with_ready_grads(), norm
+
+
+def _grad_norm(optimizer: ChainedOptimizer) -> float:
+    squares = 0.0
+    for part in optimizer.chained_optimizers:
+        grads = part.get_main_grads_for_grad_norm()
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float64) if grads else [torch.zeros((), dtype=torch.float64)]
+        total = torch.stack(norms).square().sum().to(torch.cuda.current_device())
+        dist.all_reduce(total, group=part.get_grad_stats_parallel_group())
+        squares += total.item()
+    return math.sqrt(squares)

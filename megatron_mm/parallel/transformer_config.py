@@ -1,0 +1,82 @@
+"""Our trunk and parallel groups translated to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mm.config.model import TrunkConfig
+from megatron_mm.config.schema import AttentionConfig, ParallelConfig, TrainConfig
+
+
+@dataclass
+class TrunkTransformerConfig(TransformerConfig):
+    """megatron-core's config plus what our layers need. Not frozen, since megatron-core writes to it."""
+
+    norm_placement: str = "pre"
+    head_norm: bool = False
+    """Per-head QK LayerNorm. Not megatron-core's `qk_layernorm`, which would sum its gradients over TP ranks."""
+    dropout_seed: int = 0
+    attention_backend_name: str = "auto"
+
+
+def transformer_config(
+    trunk: TrunkConfig, parallel: ParallelConfig, train: TrainConfig, attention: AttentionConfig
+) -> TrunkTransformerConfig:
+    """The one place where our configuration becomes megatron-core's."""
+    full = parallel.recompute_granularity == "full"
+    return TrunkTransformerConfig(
+        num_layers=trunk.num_layers,
+        hidden_size=trunk.hidden_size,
+        num_attention_heads=trunk.num_attention_heads,
+        num_query_groups=trunk.kv_heads,
+        kv_channels=trunk.head_dim,
+        ffn_hidden_size=trunk.ffn_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=trunk.layernorm_epsilon,
+        hidden_dropout=trunk.hidden_dropout,
+        attention_dropout=0.0,
+        norm_placement=trunk.norm_placement,
+        head_norm=trunk.qk_layernorm,
+        dropout_seed=train.seed,
+        attention_backend_name=attention.backend,
+        # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
+        init_method=_leave_as_built,
+        output_layer_init_method=_leave_as_built,
+        embedding_init_method=_leave_as_built,
+        init_method_std=trunk.init_method_std,
+        params_dtype=train.dtype,
+        pipeline_dtype=train.dtype,
+        bf16=train.dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=parallel.recompute_num_layers if full else None,
+        recompute_modules=["core_attn"],
+        # Each loss term is normalised by its own global count before backward, so nothing may be averaged after it.
+        calculate_per_token_loss=True,
+        # Batched P2P is silently wrong for interleaved schedules at PP=2 (megatron-core 0.16).
+        batch_p2p_comm=False,
+        variable_seq_lengths=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def _leave_as_built(weight: torch.Tensor) -> torch.Tensor:
+    return weight

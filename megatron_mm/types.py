@@ -1,0 +1,113 @@
+"""The few nouns that every layer shares. Arrays on the host are numpy; a batch on its way to the model is torch.
+
+Shape legend: B micro-batch rows (packs), S sequence length, n tokens of one document, m images of one document,
+D hidden size, P numbers in one patch vector, V vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+IGNORE = -100
+"""Label of a position that no loss term reads (torch's own default `ignore_index`)."""
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """A run of text: token ids of the run's tokenizer, int64 [n], without specials."""
+
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """An image: float32 pixels or latents [C, H, W] (pixels in [-1, 1]), or integer codes [h, w] of an image tokenizer."""
+
+    data: np.ndarray
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training document as read from a shard.
+
+    `uid` is the sample's ordinal in the index: with seed and epoch it is all that randomness may depend on.
+    """
+
+    uid: int
+    key: str
+    segments: tuple[Segment, ...]
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample laid out as a sequence by its family, in coordinates of its own (0 .. n-1), already corrupted.
+
+    tokens int64 [n]; mask int32 [3, n] (see `megatron_mm.mask`); fields: name -> array [n, ...], the family's own;
+    images int32 [m, 3]: (first position, grid height, grid width) of each image span.
+    """
+
+    uid: int
+    tokens: np.ndarray
+    mask: np.ndarray
+    fields: dict[str, np.ndarray]
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """How one per-token field of a family is stored in a batch: dtype, trailing shape, and the value padding takes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fill: float
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the objective: total = sum over terms of weight * global_sum / global_count."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of packs: what the data path hands to the engine, the same for every family and layout.
+
+    tokens int64 [B, S].
+    meta int32 [B, 5, S], the only thing that every transformer layer sees: rows 0-2 the interval mask (lo, hi, until)
+      in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key.
+    fields: name -> tensor [B, S, ...], read by the family's front, back and counts only.
+    images int32 [M, 4]: (row, first position, grid height, grid width) of every image span.
+    documents, real_tokens: how many documents and non-padding tokens the rows hold.
+    """
+
+    tokens: torch.Tensor
+    meta: torch.Tensor
+    fields: dict[str, torch.Tensor]
+    images: torch.Tensor
+    documents: int
+    real_tokens: int
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """int32 [B, 3, S]."""
+        return self.meta[:, :3]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
+        """The batch on `device`; floating-point fields become `dtype` when one is given."""
+        move = lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking=True)  # noqa: E731
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            meta=move(self.meta),
+            fields={name: move(t) for name, t in self.fields.items()},
+            images=move(self.images),
+        )
