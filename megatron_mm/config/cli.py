@@ -12,7 +12,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from megatron_mm.config.compose import CONFIG_MODULE, CONFIG_NAME, Config, explain, from_dict_config
+from megatron_mm.config.compose import CONFIG_MODULE, CONFIG_NAME, Config, ConfigError, explain, from_dict_config
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -41,20 +41,17 @@ def user_errors(traceback: bool = False) -> Iterator[None]:
     try:
         yield
     except (HydraException, ValueError) as error:
-        if traceback or not (isinstance(error, HydraException) or _raised_by_us(error.__traceback__)):
-            raise
         problem = explain(error) if isinstance(error, HydraException) else error
+        if traceback or not (isinstance(problem, ConfigError) or _raised_by_us(error.__traceback__)):
+            raise
         rank = os.environ.get("RANK", "0")
         print(f"error: {problem}" if rank == "0" else f"error (rank {rank}): {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def _raised_by_us(traceback: TracebackType | None) -> bool:
+    """Whether the innermost frame is our code and not a library's."""
     while traceback and traceback.tb_next:
         traceback = traceback.tb_next
-    package = __name__.partition(".")[0]
-    return traceback is not None and _module(traceback).partition(".")[0] in (package, "__main__")
-
-
-def _module(traceback: TracebackType) -> str:
-    return str(traceback.tb_frame.f_globals.get("__name__", ""))
+    module = str(traceback.tb_frame.f_globals.get("__name__", "")) if traceback else ""
+    return module.partition(".")[0] in (__package__.partition(".")[0], "__main__")

@@ -83,7 +83,7 @@ def from_dict_config(cfg: DictConfig) -> Config:
     try:
         groups: dict[Any, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key} cannot be resolved: {error.msg}.") from error
+        raise ConfigError(f"{error.full_key} cannot be resolved: {str(error).partition(chr(10))[0]}.") from error
     return _build(replace(Config(), model=_family_default(groups.get("model", {}))), groups, "")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 from megatron_mm.config.fields import choice
 
@@ -15,9 +14,9 @@ class TrunkConfig:
     num_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
-    num_query_groups: Optional[int] = None
+    num_query_groups: int | None = None
     """Key/value heads (GQA); null means one per attention head."""
-    ffn_hidden_size: Optional[int] = None
+    ffn_hidden_size: int | None = None
     """SwiGLU width; null means Llama's: 2/3 of 4 * hidden_size, rounded up to a multiple of 256 (of 32 below 1024)."""
     qk_layernorm: bool = False
     """LayerNorm with weight and bias on each head's queries and keys, before RoPE (Chameleon)."""
@@ -86,7 +85,7 @@ class ChameleonConfig:
     image: ImageConfig = ImageConfig(channels=3, height=32, width=32)
     """height and width are the code grid's: an image is height * width codes."""
     image_codes: int = 8192
-    vocab_size: Optional[int] = None
+    vocab_size: int | None = None
     """Entries of the whole vocabulary; null means just what tokenizer, specials and image codes need."""
     z_loss_weight: float = 1e-5
     image_first: float = 0.5

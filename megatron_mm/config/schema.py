@@ -6,7 +6,6 @@ Names are Megatron-LM's where it has one. Everything that can be derived is a pr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 
@@ -19,14 +18,14 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: Optional[int] = None
+    virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    recompute_granularity: Optional[str] = choice(None, "full", "selective")
+    recompute_granularity: str | None = choice(None, "full", "selective")
     """`full` recomputes whole layers in the backward pass, `selective` only attention; null keeps every activation."""
     recompute_num_layers: int = 1
 
@@ -44,7 +43,7 @@ class TrainConfig:
     seed: int = 1234
     precision: str = choice("fp32", "bf16", "fp64")
     """bf16 keeps fp32 master weights; fp64 is for checks of exactness."""
-    exit_interval: Optional[int] = None
+    exit_interval: int | None = None
     """Save and stop after this iteration, leaving the schedule as it is; for time-limited jobs."""
 
     @property
@@ -61,7 +60,7 @@ class OptimConfig:
     lr_decay_style: str = choice("cosine", "linear", "constant", "exponential")
     """Down to min_lr at lr_decay_iters."""
     lr_warmup_iters: int = 0
-    lr_decay_iters: Optional[int] = None
+    lr_decay_iters: int | None = None
     """Iterations to reach min_lr; null means train.train_iters."""
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
@@ -82,7 +81,7 @@ class DataConfig:
     window: int = 16384
     """Documents planned at a time: the reach of the shuffle and the bound on the plan's memory."""
     overlong: str = choice("error", "skip")
-    """A document longer than seq_length: `error` stops before training, `skip` leaves it out and writes it to the ledger."""
+    """A document longer than seq_length: `error` stops before training, `skip` leaves it out, in the ledger."""
     num_workers: int = 2
     """Reader threads per rank."""
     prefetch: int = 2
@@ -91,13 +90,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    save: Optional[str] = None
+    save: str | None = None
     """Folder of the checkpoints; null writes none. Default in configs/: <run.dir>/checkpoints."""
-    load: Optional[str] = None
+    load: str | None = None
     """Folder (or one iter_* folder in it) to start from; null resumes from `save` when it holds a checkpoint."""
     save_interval: int = 500
     async_save: bool = False
-    keep: Optional[int] = None
+    keep: int | None = None
     """Newest checkpoints to keep; null keeps all."""
 
 

@@ -58,7 +58,8 @@ def document_lengths(index: Index, layout: Layout) -> np.ndarray:
     kinds = np.stack([index.text_tokens, index.texts, index.images], axis=1)
     unique, inverse = np.unique(kinds, axis=0, return_inverse=True)
     lengths = np.array([layout.length(*kind) for kind in unique.tolist()], dtype=np.int64)
-    return np.take(lengths, inverse.reshape(-1))
+    expanded: np.ndarray = lengths[inverse.reshape(-1)]
+    return expanded
 
 
 def open_data(

@@ -84,7 +84,8 @@ class PatchVQCodec:
         patches = patchify(self.pixels.encode(image), self.patch)
         # argmin of |c|^2 - 2 x.c, which is |x - c|^2 up to a constant of the patch
         distance = (self.codebook**2).sum(1) - 2 * patches @ self.codebook.T
-        return distance.argmin(1).reshape(self.grid).astype(np.int64)
+        codes: np.ndarray = distance.argmin(1).astype(np.int64)
+        return codes.reshape(self.grid)
 
     def decode(self, array: np.ndarray) -> np.ndarray:
         (h, w), p, channels = self.grid, self.patch, self.pixels.channels

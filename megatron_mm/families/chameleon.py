@@ -29,7 +29,7 @@ class Chameleon:
         self.config = config
         self.trunk = config.trunk
         self.vocab = Vocabulary.after_text(text_vocab_size, config.image_codes, config.vocab_size)
-        self.terms = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
+        self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
         self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:

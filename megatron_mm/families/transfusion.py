@@ -48,7 +48,7 @@ class Transfusion:
         self.trunk = config.trunk
         self.vocab = Vocabulary.after_text(text_vocab_size)
         self.schedule = DDPMSchedule(config.num_train_timesteps)
-        self.terms = (LossTerm("text", 1.0), LossTerm("image", config.ddpm_weight))
+        self.terms: tuple[LossTerm, ...] = (LossTerm("text", 1.0), LossTerm("image", config.ddpm_weight))
         self.fields = {
             "patches": FieldSpec("float32", (self.patch_dim,), 0.0),
             "noise": FieldSpec("float32", (self.patch_dim,), 0.0),

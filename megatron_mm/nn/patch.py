@@ -10,11 +10,13 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.nn.init import linear
 
-FREQUENCIES = 256
+HALF = 128
+"""Frequencies of the timestep embedding; each gives a cosine and a sine."""
 
 
 def patchify(image: np.ndarray, p: int) -> np.ndarray:
@@ -33,16 +35,16 @@ def unpatchify(patches: np.ndarray, h: int, w: int, p: int) -> np.ndarray:
 class TimestepEmbedding(nn.Module):
     """Diffusion timesteps [...] -> vectors [..., P]: sinusoids, then a two-layer MLP."""
 
-    def __init__(self, patch_dim: int, frequencies: int = FREQUENCIES) -> None:
+    def __init__(self, patch_dim: int) -> None:
         super().__init__()
-        self.half = frequencies // 2
-        self.mlp = nn.Sequential(linear(frequencies, frequencies), nn.SiLU(), linear(frequencies, patch_dim))
+        self.fc1 = linear(2 * HALF, 2 * HALF)
+        self.fc2 = linear(2 * HALF, patch_dim)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        dtype = self.mlp[0].weight.dtype
-        exponent = torch.arange(self.half, dtype=torch.float32, device=timestep.device) / self.half
+        exponent = torch.arange(HALF, dtype=torch.float32, device=timestep.device) / HALF
         angle = timestep[..., None].float() * torch.exp(-math.log(10000.0) * exponent)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
+        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(sinusoids)))
 
 
 class LinearPatchIn(nn.Module):

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from megatron_mm.config.schema import OptimConfig, ParallelConfig, TrainConfig
 
 
-class FusedAdam(torch.optim.AdamW):
+class FusedAdam(torch.optim.Optimizer):
     """torch's AdamW in the shape of Apex's FusedAdam: the step count belongs to the parameter group.
 
     megatron-core's distributed optimizer can save torch's own AdamW (a step per parameter) but not load it.
@@ -24,7 +24,7 @@ class FusedAdam(torch.optim.AdamW):
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True):
         assert adam_w_mode, "only decoupled weight decay is supported"
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

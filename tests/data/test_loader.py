@@ -169,6 +169,7 @@ def test_overlong_documents_stop_or_go_to_the_ledger(tmp_path, layout):
     plan, _, ledger = open_folder(tmp_path, layout, seq_length=40, overlong="skip")
     assert [(entry.uid, entry.key, entry.length) for entry in ledger] == [(1, "long", 51), (2, "longest", 71)]
     assert plan.packs(0, 0) == [(0,)]
+    assert len(open_folder(tmp_path, layout, seq_length=51, overlong="skip")[2]) == 1, "51 positions fit into 51"
     write_ledger(tmp_path / "ledger.jsonl", ledger)
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["long", "longest"]

@@ -144,7 +144,14 @@ def test_no_score_matrix_of_the_whole_row():
     parts = [masks.causal(int(n)) for n in rng.integers(50, 70, 16)]
     groups = plan_tiles(np.stack([masks.concatenate(parts, 1024)] * 4))
     assert len(groups) < 8, "documents share calls"
-    assert sum(group.allowed.size for group in groups) < 4 * 1024 * 80, "and no document sees a row's width"
+    assert sum(group.allowed.size for group in groups) < 4 * 1024 * 80, "no document sees a row's width"
+    assert sum(group.keys.size for group in groups) < 4 * 1024 * 1.2, "and keys are gathered once"
+
+
+def test_work_on_a_long_document_follows_the_mask_s_area():
+    for part in (masks.causal(2048), masks.window(masks.causal(2048), 100)):
+        scores = sum(group.allowed.size for group in plan_tiles(part[None]))
+        assert scores < 1.2 * masks.area(part) + 2048 * TILE
 
 
 def test_misfitting_shapes_are_refused():

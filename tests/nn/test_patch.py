@@ -83,12 +83,14 @@ def test_unet_treats_every_image_on_its_own(p):
 
 
 def test_unet_sees_neighbouring_patches_as_neighbours():
-    """A patch's embedding depends on the patch beside it and below it, as in a picture."""
+    """A patch's embedding depends on the patches around it, and not on far ones of its row, as in a picture."""
     down = redraw(UNetPatchIn(1, 2, HIDDEN, 8))
-    patches = torch.randn(1, 36, 4, requires_grad=True)
-    hidden = down(patches, torch.zeros(1, 36, dtype=torch.int32), torch.tensor([[0, 0, 6, 6]]))
-    reach = torch.autograd.grad(hidden[0, 14].square().sum(), patches)[0].abs().sum(-1)[0]
-    assert (reach[[14, 13, 15, 8, 20]] > 0).all()
+    h, w, row, column = 3, 24, 1, 12
+    patches = torch.randn(1, h * w, 4, requires_grad=True)
+    hidden = down(patches, torch.zeros(1, h * w, dtype=torch.int32), torch.tensor([[0, 0, h, w]]))
+    reach = torch.autograd.grad(hidden[0, row * w + column].square().sum(), patches)[0].abs().sum(-1).view(h, w)
+    assert (reach[:, column - 1 : column + 2] > 0).all()
+    assert (reach[:, [0, -1]] == 0).all()
 
 
 def test_unet_without_images_still_gives_every_parameter_a_gradient():

@@ -1,0 +1,167 @@
+"""What a configuration may not say: values out of range, and keys that contradict each other or the world size.
+
+Everything here is known before a process group or a file is opened, and each mistake is one sentence with a remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from megatron_mm.config.compose import Config, ConfigError
+from megatron_mm.config.model import TransfusionConfig
+
+FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep"}
+"""Whole numbers that may be 0; all others count something and start at 1."""
+
+SHARES = {"adam_beta1", "adam_beta2", "hidden_dropout", "caption_first", "image_first", "condition_dropout"}
+"""Numbers between 0 and 1; all others are 0 or more."""
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse a configuration that cannot run on `world_size` ranks, naming its first mistake.
+
+    Raises:
+        ConfigError: a value out of range or not among its field's choices, or keys that contradict each other.
+    """
+    for problem in _out_of_range(config):
+        raise ConfigError(problem)
+    for wrong, problem in _contradictions(config, world_size):
+        if wrong:
+            raise ConfigError(problem)
+
+
+def _out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
+    for field in fields(group):
+        value = getattr(group, field.name)
+        if is_dataclass(value):
+            yield from _out_of_range(value, f"{prefix}{field.name}.")
+        elif expected := _expected(field, value):
+            yield f"{prefix}{field.name}={'null' if value is None else value} must be {expected}."
+
+
+def _expected(field: Field, value: Any) -> str | None:
+    """What `value` should have been, or None where it is all right."""
+    if choices := field.metadata.get("choices"):
+        return None if value in choices else f"one of {', '.join('null' if c is None else c for c in choices)}"
+    if type(value) is int:
+        least = int(field.name not in FROM_ZERO)
+        return None if value >= least else f"{least} or more"
+    if type(value) is float and field.name in SHARES:
+        return None if 0 <= value <= 1 else "between 0 and 1"
+    if type(value) is float:
+        return None if 0 <= value < math.inf else "0 or more, and finite"
+    return None
+
+
+def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+    """(is it wrong, the sentence). Lazily, so that a later line may rely on what an earlier one refused."""
+    parallel, train, optim, data, trunk = config.parallel, config.train, config.optim, config.data, config.model.trunk
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
+    vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
+
+    for key, size in ("context_parallel_size", cp), ("expert_model_parallel_size", ep):
+        yield size > 1, f"parallel.{key}={size} is not supported yet by this version; leave it at 1."
+
+    model_ranks = parallel.model_parallel_size
+    yield (
+        world_size % model_ranks > 0,
+        f"{tp_key} x {pp_key} needs a multiple of {model_ranks} processes, but the world size is {world_size}; start "
+        f"more processes (torchrun --nproc-per-node) or lower one of them.",
+    )
+    dp = world_size // model_ranks
+    rows = train.micro_batch_size * dp
+    yield (
+        train.global_batch_size % rows > 0,
+        f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
+        f"{train.micro_batch_size} x {dp} data-parallel ranks = {rows}; change one of the two.",
+    )
+    micro_batches = train.global_batch_size // rows
+
+    yield (
+        vpp is not None and (pp == 1 or vpp == 1),
+        f"{vpp_key} interleaves only with 2 or more chunks on 2 or more stages ({pp_key}); raise both, or set "
+        f"parallel.virtual_pipeline_model_parallel_size=null.",
+    )
+    yield (
+        vpp is not None and micro_batches % pp > 0,
+        f"The interleaved schedule of {vpp_key} needs a multiple of {pp_key} micro-batches, but there are "
+        f"{micro_batches} (train.global_batch_size / train.micro_batch_size / {dp} ranks); change one of these.",
+    )
+    chunks = pp * (vpp or 1)
+    yield (
+        trunk.num_layers % chunks > 0,
+        f"model.trunk.num_layers={trunk.num_layers} must be a multiple of the {chunks} pipeline chunks of {pp_key}"
+        f"{f' x {vpp_key}' if vpp else ''}; change one of them.",
+    )
+
+    heads, kv = trunk.num_attention_heads, trunk.kv_heads
+    yield (
+        trunk.hidden_size % (2 * heads) > 0,
+        f"model.trunk.hidden_size={trunk.hidden_size} must be an even multiple of model.trunk.num_attention_heads="
+        f"{heads}, since RoPE turns pairs of channels; change one of the two.",
+    )
+    yield (
+        heads % kv > 0,
+        f"model.trunk.num_attention_heads={heads} must be a multiple of model.trunk.num_query_groups={kv}; change one.",
+    )
+    for name, size in (
+        ("num_attention_heads", heads),
+        ("num_query_groups", kv),
+        ("ffn_hidden_size", trunk.ffn_size),
+    ):
+        yield size % tp > 0, f"model.trunk.{name}={size} must be a multiple of {tp_key}; change one of the two."
+
+    yield (
+        parallel.sequence_parallel and tp == 1,
+        f"parallel.sequence_parallel=true cuts the sequence over tensor ranks and needs more than {tp_key}; raise "
+        "that, or set parallel.sequence_parallel=false.",
+    )
+    yield (
+        parallel.sequence_parallel and data.seq_length % tp > 0,
+        f"data.seq_length={data.seq_length} must be a multiple of {tp_key} with parallel.sequence_parallel=true; "
+        "change one of the two.",
+    )
+    yield (
+        parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
+        "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true and "
+        "parallel.overlap_grad_reduce=true; set both, or turn it off.",
+    )
+    yield (
+        parallel.recompute_granularity == "full" and parallel.recompute_num_layers > trunk.num_layers // chunks,
+        f"parallel.recompute_num_layers={parallel.recompute_num_layers} is more than the {trunk.num_layers // chunks} "
+        "layers of a pipeline chunk; lower it.",
+    )
+
+    decay = optim.lr_decay_iters or train.train_iters
+    decay_key = "optim.lr_decay_iters" if optim.lr_decay_iters else "train.train_iters"
+    yield (
+        optim.lr_warmup_iters >= decay,
+        f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
+    )
+    yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
+    yield (
+        config.checkpoint.async_save and config.checkpoint.save is None,
+        "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
+    )
+    if isinstance(config.model, TransfusionConfig):
+        yield from _transfusion(config.model)
+
+
+def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
+    patch, image = model.patch_size, model.image
+    yield (
+        image.height % patch > 0 or image.width % patch > 0,
+        f"model.patch_size={patch} must divide model.image.height={image.height} and model.image.width={image.width}; "
+        "change one of them.",
+    )
+    yield (
+        model.image_first_max_timestep > model.num_train_timesteps,
+        f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
+        f"{model.num_train_timesteps}; lower it.",
+    )

@@ -1,0 +1,93 @@
+"""Each contradiction is refused before anything starts, by a sentence that names its keys."""
+
+import pytest
+
+from megatron_mm.config.compose import ConfigError, compose
+from megatron_mm.config.validate import validate
+
+TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
+BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 layers, 64 wide, 4 heads over 2 keys
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, []),
+        (8, []),
+        (4, [f"{TP}=2", f"{PP}=2", "parallel.sequence_parallel=true"]),
+        (2, [f"{PP}=2", f"{VPP}=2"]),
+        (2, ["parallel.overlap_grad_reduce=true", "parallel.use_distributed_optimizer=false"]),
+        (1, ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=4"]),
+        (1, ["train.seed=0", "data.prefetch=0", "optim.min_lr=3e-4"]),
+    ],
+)
+def test_accepts(world_size, overrides):
+    validate(compose([*BASE, *overrides]), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "said"),
+    [
+        (1, ["train.precision=fp8"], r"train\.precision=fp8 must be one of fp32, bf16, fp64\."),
+        (1, ["optim.lr_decay_style=wsd"], r"optim\.lr_decay_style=wsd must be one of cosine, "),
+        (1, ["data.overlong=cut"], r"data\.overlong=cut must be one of error, skip"),
+        (1, ["run.if_exists=merge"], r"run\.if_exists=merge must be one of error, resume, restart"),
+        (1, ["logging.wandb=on"], r"logging\.wandb=.* must be one of disabled, offline, online"),
+        (1, ["attention.backend=cudnn"], r"attention\.backend=cudnn must be one of auto, reference, sdpa, flash"),
+        (1, ["parallel.recompute_granularity=all"], r"recompute_granularity=all must be one of null, full, selective"),
+        (1, ["model.trunk.norm_placement=post"], r"model\.trunk\.norm_placement=post must be one of pre, swin"),
+        (1, ["model.patch_codec=conv"], r"model\.patch_codec=conv must be one of linear, unet"),
+        (1, ["train.train_iters=0"], r"train\.train_iters=0 must be 1 or more\."),
+        (1, ["model.trunk.num_layers=-4"], r"model\.trunk\.num_layers=-4 must be 1 or more\."),
+        (1, ["train.exit_interval=0"], r"train\.exit_interval=0 must be 1 or more\."),
+        (1, ["train.seed=-1"], r"train\.seed=-1 must be 0 or more\."),
+        (1, ["model.trunk.hidden_dropout=1.5"], r"model\.trunk\.hidden_dropout=1\.5 must be between 0 and 1\."),
+        (1, ["model.caption_first=-0.1"], r"model\.caption_first=-0\.1 must be between 0 and 1\."),
+        (1, ["optim.lr=nan"], r"optim\.lr=nan must be 0 or more, and finite\."),
+        (1, ["optim.clip_grad=-1"], r"optim\.clip_grad=-1\.0 must be 0 or more"),
+        (2, ["parallel.context_parallel_size=2"], r"parallel\.context_parallel_size=2 is not supported yet"),
+        (2, ["parallel.expert_model_parallel_size=2"], r"parallel\.expert_model_parallel_size=2 is not supported yet"),
+        (3, [f"{TP}=2"], r"tensor_model_parallel_size=2 x .* multiple of 2 processes, but the world size is 3"),
+        (1, [f"{TP}=2", f"{PP}=2"], r"needs a multiple of 4 processes, but the world size is 1"),
+        (3, [], r"train\.global_batch_size=8 must be a multiple of train\.micro_batch_size=1 x 3 data-parallel ranks"),
+        (2, ["train.micro_batch_size=8"], r"train\.global_batch_size=8 must be .* 2 data-parallel ranks = 16"),
+        (1, [f"{VPP}=2"], r"virtual_pipeline_model_parallel_size=2 interleaves only with 2 or more"),
+        (2, [f"{PP}=2", f"{VPP}=1"], r"virtual_pipeline_model_parallel_size=1 interleaves only with 2 or more"),
+        (2, [f"{PP}=2", f"{VPP}=2", "train.global_batch_size=3"], r"interleaved schedule .* but there are 3"),
+        (3, [f"{PP}=3"], r"model\.trunk\.num_layers=4 must be a multiple of the 3 pipeline chunks"),
+        (2, [f"{PP}=2", f"{VPP}=4"], r"num_layers=4 must be a multiple of the 8 pipeline chunks of .*=2 x .*=4;"),
+        (1, ["model.trunk.hidden_size=66"], r"model\.trunk\.hidden_size=66 must be an even multiple of .*heads=4"),
+        (1, ["model.trunk.hidden_size=60"], r"model\.trunk\.hidden_size=60 must be an even multiple of .*heads=4"),
+        (1, ["model.trunk.num_query_groups=3"], r"num_attention_heads=4 must be a multiple of .*num_query_groups=3"),
+        (8, [f"{TP}=8"], r"num_attention_heads=4 must be a multiple of parallel\.tensor_model_parallel_size=8"),
+        (4, [f"{TP}=4"], r"num_query_groups=2 must be a multiple of parallel\.tensor_model_parallel_size=4"),
+        (2, [f"{TP}=2", "model.trunk.ffn_hidden_size=171"], r"ffn_hidden_size=171 must be a multiple of .*size=2"),
+        (1, ["parallel.sequence_parallel=true"], r"parallel\.sequence_parallel=true .* needs more than .*size=1"),
+        (
+            2,
+            [f"{TP}=2", "parallel.sequence_parallel=true", "data.seq_length=513"],
+            r"data\.seq_length=513 must be a multiple of parallel\.tensor_model_parallel_size=2",
+        ),
+        (1, ["parallel.overlap_param_gather=true"], r"overlap_param_gather=true needs .*overlap_grad_reduce=true"),
+        (
+            1,
+            ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=5"],
+            r"parallel\.recompute_num_layers=5 is more than the 4 layers",
+        ),
+        (1, ["optim.lr_warmup_iters=1000"], r"lr_warmup_iters=1000 must be less than train\.train_iters=1000"),
+        (
+            1,
+            ["optim.lr_warmup_iters=9", "optim.lr_decay_iters=9"],
+            r"lr_warmup_iters=9 must be less than optim\.lr_decay_iters=9",
+        ),
+        (1, ["optim.min_lr=1"], r"optim\.min_lr=1\.0 is above optim\.lr=0\.0003"),
+        (1, ["checkpoint.async_save=true", "checkpoint.save=null"], r"checkpoint\.async_save=true has nothing to"),
+        (1, ["model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=28 and .*width=28"),
+        (1, ["model.image_first_max_timestep=2000"], r"image_first_max_timestep=2000 is above .*timesteps=1000"),
+    ],
+)
+def test_refuses(world_size, overrides, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        validate(compose([*BASE, *overrides]), world_size)
+    assert "\n" not in str(error.value)
