@@ -45,7 +45,10 @@ def user_errors(traceback: bool = False) -> Iterator[None]:
         if traceback or not (isinstance(problem, ConfigError) or _raised_by_us(error.__traceback__)):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"error: {problem}" if rank == "0" else f"error (rank {rank}): {problem}", file=sys.stderr, flush=True)
+        if rank == "0":
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        elif not isinstance(problem, ConfigError):  # a mistake in the configuration is the same on every rank
+            print(f"error (rank {rank}): {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

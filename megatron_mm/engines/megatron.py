@@ -7,6 +7,7 @@ only ever summed.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config.compose import Config
 from megatron_mm.families.base import Family
+from megatron_mm.mask import area
+from megatron_mm.nn.attention import select
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
 from megatron_mm.parallel.transformer_config import transformer_config
 from megatron_mm.types import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,22 @@ class StepMetrics:
 
     losses: dict[str, float]
     counts: dict[str, int]
+    tokens: int
+    """Non-padding positions of the step, over all ranks."""
+    pairs: int | None
+    """Query-key pairs that the masks of the step allow, over all ranks; None on a CPU, where no MFU is reported."""
     loss: float
     grad_norm: float
     learning_rate: float
     skipped: bool
 
 
-def build_chunks(config: Config, family: Family, layout: Layout) -> list[StageModel]:
+def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
     """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
-    core = transformer_config(family.trunk, config.parallel, config.train, config.attention)
+    backend, why = select(config.attention.backend, device, config.train.dtype, family.causal)
+    if layout.rank == 0:
+        logger.info("attention backend: %s (%s)", backend, why)
+    core = transformer_config(family.trunk, config.parallel, config.train, backend)
     chunks = []
     for stage in range(layout.virtual_stages):
         virtual = stage if layout.virtual_stages > 1 else None
@@ -56,7 +68,7 @@ class MegatronEngine:
 
     def __init__(self, config: Config, family: Family, layout: Layout, device: torch.device):
         self.config, self.family, self.layout, self.device = config, family, layout, device
-        self.models = build_chunks(config, family, layout)
+        self.models = build_chunks(config, family, layout, device)
         parallel = config.parallel
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -80,7 +92,7 @@ class MegatronEngine:
 
     def step(self, batches: list[PackedBatch]) -> StepMetrics:
         """One optimizer step over this rank's micro-batches of the global batch."""
-        counts = self._global_counts(batches)
+        counts, tokens, pairs = self._global_counts(batches)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -92,7 +104,9 @@ class MegatronEngine:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if stepped:
             self.schedule.step(1)
-        return self._metrics(sums, counts, grad_norm, learning_rate, skipped=not stepped)
+        losses = self._global_means(sums, counts)
+        loss = sum(term.weight * losses[term.name] for term in self.family.terms)
+        return StepMetrics(losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped)
 
     def _run(self, batches: list[PackedBatch], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""
@@ -121,20 +135,23 @@ class MegatronEngine:
             total += sums.double()
         return total
 
-    def _global_counts(self, batches: list[PackedBatch]) -> dict[str, int]:
+    def _global_counts(self, batches: list[PackedBatch]) -> tuple[dict[str, int], int, int | None]:
+        """(labels of each loss term, non-padding positions, allowed pairs), summed over the data-parallel ranks."""
         counts = [self.family.counts(batch) for batch in batches]
         names = [term.name for term in self.family.terms]
-        total = torch.tensor([sum(c[name] for c in counts) for name in names], device=self.device)
+        on_gpu = self.device.type == "cuda"
+        pairs = sum(area(row) for batch in batches for row in batch.mask.numpy()) if on_gpu else 0
+        local = [sum(c[name] for c in counts) for name in names] + [sum(b.real_tokens for b in batches), pairs]
+        total = torch.tensor(local, device=self.device)
         dist.all_reduce(total, group=mpu.get_data_parallel_group())
-        return dict(zip(names, total.tolist(), strict=True))
+        *sums, tokens, pairs = total.tolist()
+        return dict(zip(names, sums, strict=True)), tokens, pairs if on_gpu else None
 
-    def _metrics(self, sums, counts, grad_norm: float, learning_rate: float, skipped: bool) -> StepMetrics:
+    def _global_means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
         if not self.layout.reports_losses:
             sums.zero_()
         dist.all_reduce(sums)
-        losses = {
+        return {
             term.name: total / max(counts[term.name], 1)
             for term, total in zip(self.family.terms, sums.tolist(), strict=True)
         }
-        loss = sum(term.weight * losses[term.name] for term in self.family.terms)
-        return StepMetrics(losses, counts, loss, grad_norm, learning_rate, skipped)

@@ -58,6 +58,8 @@ class Family(Protocol):
     vocab: Vocabulary
     terms: tuple[LossTerm, ...]
     fields: dict[str, FieldSpec]
+    causal: bool
+    """Whether the mask is plain packed-causal, so that a causal kernel may compute it."""
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Upper bound, and in fact the exact number, of positions of a document with so many segments and text tokens."""

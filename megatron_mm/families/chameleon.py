@@ -24,6 +24,7 @@ class Chameleon:
     """See `Family`. Field of a batch: labels int64 [B, S]."""
 
     name = "chameleon"
+    causal = True
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config

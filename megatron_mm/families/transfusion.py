@@ -41,6 +41,7 @@ class Transfusion:
     """
 
     name = "transfusion"
+    causal = False
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from megatron.core import tensor_parallel
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.parallel import cpu_device
 from megatron_mm.parallel.layout import Layout
+
+T = TypeVar("T")
 
 
 def pick_device() -> torch.device:
@@ -51,3 +55,30 @@ def process_groups(config: ParallelConfig, seed: int, device: torch.device, **in
     finally:
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def agree(flag: bool, device: torch.device) -> bool:
+    """True on every rank when it is true on any: a signal need not reach all ranks in the same iteration."""
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def on_first_rank(task: Callable[[], T]) -> T:
+    """Runs `task` on rank 0 alone and hands its (picklable) result to every rank.
+
+    A ValueError of `task` is raised on rank 0; the others leave quietly with exit code 2, so that it is told once.
+    """
+    box: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = task()
+        except ValueError as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    result, error = box
+    if error is None:
+        return result
+    if dist.get_rank() == 0:
+        raise error
+    sys.exit(2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.config.schema import AttentionConfig, ParallelConfig, TrainConfig
+from megatron_mm.config.schema import ParallelConfig, TrainConfig
 
 
 @dataclass
@@ -20,11 +20,11 @@ class TrunkTransformerConfig(TransformerConfig):
     head_norm: bool = False
     """Per-head QK LayerNorm. Not megatron-core's `qk_layernorm`, which would sum its gradients over TP ranks."""
     dropout_seed: int = 0
-    attention_backend_name: str = "auto"
+    attention_backend_name: str = "reference"
 
 
 def transformer_config(
-    trunk: TrunkConfig, parallel: ParallelConfig, train: TrainConfig, attention: AttentionConfig
+    trunk: TrunkConfig, parallel: ParallelConfig, train: TrainConfig, attention_backend: str
 ) -> TrunkTransformerConfig:
     """The one place where our configuration becomes megatron-core's."""
     full = parallel.recompute_granularity == "full"
@@ -45,7 +45,7 @@ def transformer_config(
         norm_placement=trunk.norm_placement,
         head_norm=trunk.qk_layernorm,
         dropout_seed=train.seed,
-        attention_backend_name=attention.backend,
+        attention_backend_name=attention_backend,
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
         init_method=_leave_as_built,
         output_layer_init_method=_leave_as_built,

@@ -1,0 +1,57 @@
+"""Pictures of a run: the loss curves, and one real pack's mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from megatron_mm.mask import dense
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib.colors import ListedColormap  # noqa: E402
+
+
+def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
+    """loss.png: each loss term over the iterations, raw and smoothed (exponential, half-life 1/40 of the run)."""
+    names = [key for key in rows[0] if key.startswith("loss/")]
+    iterations = [row["iteration"] for row in rows]
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        values = np.array([row[name] for row in rows], dtype=float)
+        axis.plot(iterations, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axis.plot(iterations, _smooth(values, max(len(values) / 40, 1)), color="tab:blue", linewidth=1.6)
+        axis.set(title=name, xlabel="iteration", yscale="log" if (values > 0).all() else "linear")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_mask(mask: np.ndarray, images: np.ndarray, path: Path) -> None:
+    """mask.png: which key (column) each query (row) of one pack sees; image spans in their own colour.
+
+    mask int32 [3, S]; images int32 [m, 3] of (first position, grid height, grid width).
+    """
+    picture = dense(mask).astype(np.int8)
+    for first, height, width in images:
+        span = slice(first, first + height * width)
+        picture[span, span] *= 2
+    figure, axis = plt.subplots(figsize=(7, 7), layout="constrained")
+    axis.imshow(picture, cmap=ListedColormap(["white", "tab:blue", "tab:orange"]), interpolation="nearest")
+    axis.set(
+        xlabel="key", ylabel="query", title="one pack: text (blue) is causal, an image (orange) sees itself whole"
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: np.ndarray, half_life: float) -> np.ndarray:
+    decay = 0.5 ** (1 / half_life)
+    smoothed, weight, out = 0.0, 0.0, []
+    for value in values:
+        smoothed, weight = decay * smoothed + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(smoothed / weight)
+    return np.array(out)

@@ -1,0 +1,65 @@
+"""The folder of a run: config.yaml, metrics.jsonl, checkpoints/, pictures. Two runs are never mixed in one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from megatron_mm.config.compose import Config, ConfigError, from_dict_config, to_yaml
+from megatron_mm.data.files import replacing
+
+_SAME_ON_RESUME = ("model", "optim", "data.path", "data.tokenizer", "data.seq_length", "data.window", "train.seed",
+                   "train.global_batch_size", "train.train_iters")  # fmt: skip
+"""What defines a run. Layout, precision, micro-batches, logging and the like may change on the way."""
+
+
+def open_run_folder(config: Config) -> bool:
+    """Makes run.dir ready as run.if_exists says. Returns whether an earlier run there is to be continued.
+
+    Raises:
+        ConfigError: there is a run already and nothing says what to do with it, or it is another run than this config's.
+    """
+    folder = Path(config.run.dir)
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        _write_config(config, saved)
+        return False
+    if config.run.if_exists == "error":
+        raise ConfigError(
+            f"run.dir={folder} already holds a run: run.if_exists=resume continues it, run.if_exists=restart moves it "
+            "aside and starts over, another run.name keeps both."
+        )
+    if config.run.if_exists == "restart":
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        _write_config(config, saved)
+        return False
+    _refuse_other_run(config, from_dict_config(OmegaConf.load(saved)), folder)
+    _write_config(config, saved)
+    return True
+
+
+def _refuse_other_run(new: Config, old: Config, folder: Path) -> None:
+    for key in _SAME_ON_RESUME:
+        before, now = (OmegaConf.select(OmegaConf.create(to_yaml(c)), key) for c in (old, new))
+        if before != now:
+            key, before, now = _first_difference(key, before, now)
+            raise ConfigError(
+                f"run.dir={folder} was started with {key}={before}, now it is {now}: resume with the old value, or give "
+                "the new run another run.name (checkpoint.load=... starts it from these weights)."
+            )
+
+
+def _first_difference(key: str, before, now) -> tuple[str, object, object]:
+    while OmegaConf.is_dict(before) and OmegaConf.is_dict(now):
+        name = next(k for k in [*before, *now] if before.get(k) != now.get(k))
+        key, before, now = f"{key}.{name}", before.get(name), now.get(name)
+    return key, before, now
+
+
+def _write_config(config: Config, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(to_yaml(config))

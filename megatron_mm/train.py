@@ -1,0 +1,160 @@
+"""`torchrun --nproc-per-node N -m megatron_mm.train experiment=NAME key=value ...`: the training loop.
+
+This file only assembles: data, family, engine, checkpoints and metrics live in their own rooms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from megatron_mm.config.cli import run
+from megatron_mm.config.compose import Config, to_yaml
+from megatron_mm.config.validate import validate
+from megatron_mm.data.dataset import open_data, write_ledger
+from megatron_mm.data.loader import DataState, Step, StepLoader
+from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_weights
+from megatron_mm.engines.megatron import MegatronEngine, StepMetrics
+from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.distributed import agree, on_first_rank, pick_device, process_groups
+from megatron_mm.parallel.layout import Layout
+from megatron_mm.report.metrics import MetricsWriter, read_metrics
+from megatron_mm.report.mfu import peak_flops, trunk_flops
+from megatron_mm.report.plots import plot_losses, plot_mask
+from megatron_mm.run_folder import open_run_folder
+
+
+class StopSignal:
+    """Set by SIGUSR1 (a job's time limit is near) or SIGTERM: save after the current iteration and exit with 0."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = True
+
+
+def main(config: Config) -> None:
+    stop = StopSignal()
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    device = pick_device()
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with process_groups(config.parallel, config.train.seed, device) as layout:
+        train(config, layout, device, stop)
+
+
+def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal) -> list[StepMetrics]:
+    """Runs (or resumes) the run that `config` describes, on every rank. Returns this process's steps.
+
+    Raises:
+        ValueError: anything that a user can mend, before the first iteration.
+    """
+    folder = Path(config.run.dir)
+    logging.basicConfig(level=logging.INFO if layout.rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    family = build_family(config.model, tokenizer.size)
+    data = partial(open_data, config.data, config.model.image, family, tokenizer, config.train.seed)
+    on_first_rank(lambda: bool(data()))  # writes the index, which the other ranks then find
+    plan, reader, ledger = data()
+    resume = on_first_rank(lambda: open_run_folder(config))
+
+    engine = MegatronEngine(config, family, layout, device)
+    checkpoint = Checkpointer(
+        engine, config.checkpoint.save or folder, config.checkpoint.keep, config.checkpoint.async_save
+    )
+    iteration, state = 0, DataState()
+    if resume and config.checkpoint.save and latest_iteration(config.checkpoint.save):
+        common = checkpoint.load(config.checkpoint.save)
+        iteration, state = common["iteration"], DataState.from_dict(common["data_state"])
+    elif config.checkpoint.load:
+        load_weights(engine.models, config.checkpoint.load)
+        engine.optimizer.reload_model_params()
+
+    loader = StepLoader(
+        plan, reader, family, config.data, config.train.seed, config.train.global_batch_size,
+        config.train.micro_batch_size, layout.dp_rank, layout.dp_size, state,
+    )  # fmt: skip
+    writer = None
+    if layout.rank == 0:
+        write_ledger(folder / "ledger.jsonl", ledger)
+        run_config = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+        writer = MetricsWriter(
+            folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters
+        )
+        _announce(writer, config, layout, device, plan, ledger, iteration)
+    extra = {"config": to_yaml(config)}
+    steps, saved = [], iteration
+    last = min(config.train.train_iters, config.train.exit_interval or config.train.train_iters)
+    try:
+        while iteration < last:
+            began = time.perf_counter()
+            step = next(loader)
+            metrics = engine.step(step.batches)
+            iteration, state = iteration + 1, step.state
+            checkpoint.poll()
+            steps.append(metrics)
+            if writer:
+                seconds = time.perf_counter() - began
+                writer.write(_row(config, family, layout, device, iteration, step, metrics, seconds), 1000 * seconds)
+            stopping = agree(stop.received, device)
+            if config.checkpoint.save and (stopping or iteration % config.checkpoint.save_interval == 0):
+                checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
+                saved = iteration
+            if stopping:
+                break
+        if config.checkpoint.save and saved < iteration:
+            checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
+        checkpoint.finish()
+    finally:
+        loader.close()
+        if writer:
+            writer.close()
+    if writer and steps:
+        plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    return steps
+
+
+def _announce(writer: MetricsWriter, config: Config, layout: Layout, device, plan, ledger, iteration: int) -> None:
+    writer.say(f"> {config.run.name}: {config.model.family} on {device.type}, {layout.describe()}")
+    writer.say(f"> {len(plan.lengths)} documents in {config.data.path}, {len(ledger)} left out (ledger.jsonl)")
+    if iteration:
+        writer.say(f"> resuming after iteration {iteration}")
+
+
+def _row(config, family, layout, device, iteration: int, step: Step, metrics: StepMetrics, seconds: float) -> dict:
+    """The iteration's line of metrics.jsonl."""
+    mfu, peak = None, peak_flops(device)
+    if peak and metrics.pairs is not None:
+        flops = trunk_flops(family.trunk, family.vocab.size, metrics.tokens, metrics.pairs)
+        mfu = flops / seconds / layout.world_size / peak
+    return {
+        "iteration": iteration,
+        "consumed_samples": step.state.consumed_samples,
+        "consumed_tokens": step.state.consumed_tokens,
+        "loss": metrics.loss,
+        **{f"loss/{name}": value for name, value in metrics.losses.items()},
+        **{f"count/{name}": value for name, value in metrics.counts.items()},
+        "grad_norm": metrics.grad_norm,
+        "learning_rate": metrics.learning_rate,
+        "tokens_per_second_per_gpu": metrics.tokens / seconds / layout.world_size,
+        "mfu": mfu,
+        "skipped": int(metrics.skipped),
+    }
+
+
+if __name__ == "__main__":
+    run(main)
