@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from itertools import chain, count
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_mm.config.compose import Config, ConfigError, from_dict_config, to_yaml
 from megatron_mm.data.files import replacing
 
 _SAME_ON_RESUME = ("model", "optim", "data.path", "data.tokenizer", "data.seq_length", "data.window", "train.seed",
-                   "train.global_batch_size", "train.train_iters")  # fmt: skip
-"""What defines a run. Layout, precision, micro-batches, logging and the like may change on the way."""
+                   "train.global_batch_size")  # fmt: skip
+"""What defines a run. Layout, precision, micro-batches, logging and the like may change on the way; the number of
+iterations too, where it does not set the learning rate's decay."""
 
 
 def open_run_folder(config: Config) -> bool:
@@ -32,17 +36,40 @@ def open_run_folder(config: Config) -> bool:
             "aside and starts over, another run.name keeps both."
         )
     if config.run.if_exists == "restart":
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
+        folder.rename(_free_name(folder))
         _write_config(config, saved)
         return False
-    _refuse_other_run(config, from_dict_config(OmegaConf.load(saved)), folder)
+    _refuse_other_run(config, read_run_config(folder), folder)
     _write_config(config, saved)
     return True
 
 
+def read_run_config(folder: Path) -> Config:
+    """The configuration that the run in `folder` was started (or last resumed) with.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no run ({path.name} is missing): check the path, or train one first.")
+    try:
+        return from_dict_config(OmegaConf.load(path))
+    except (ConfigError, OmegaConfBaseException, YAMLError) as error:
+        problem = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(f"{path} cannot be read: {problem}. Mend it, or start over elsewhere.") from error
+
+
+def _free_name(folder: Path) -> Path:
+    """Where a run is moved aside: its name, the time, and a number if that is taken."""
+    aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    numbered = (aside.with_name(f"{aside.name}-{number}") for number in count(2))
+    return next(path for path in chain([aside], numbered) if not path.exists())
+
+
 def _refuse_other_run(new: Config, old: Config, folder: Path) -> None:
-    for key in _SAME_ON_RESUME:
+    keys = _SAME_ON_RESUME if new.optim.lr_decay_iters else (*_SAME_ON_RESUME, "train.train_iters")
+    for key in keys:
         before, now = (OmegaConf.select(OmegaConf.create(to_yaml(c)), key) for c in (old, new))
         if before != now:
             key, before, now = _first_difference(key, before, now)

@@ -84,7 +84,7 @@ def from_dict_config(cfg: DictConfig) -> Config:
         groups: dict[Any, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key} cannot be resolved: {str(error).partition(chr(10))[0]}.") from error
-    return _build(replace(Config(), model=_family_default(groups.get("model", {}))), groups, "")
+    return build(replace(Config(), model=_family_default(groups.get("model", {}))), groups)
 
 
 def to_yaml(config: Config) -> str:
@@ -121,17 +121,22 @@ def _family_default(model: Any) -> ModelConfig:
     return FAMILIES[family]()
 
 
-def _build(default: T, node: Any, prefix: str) -> T:
-    """`default` with the values of `node`, recursively."""
+def build(default: T, node: Any, prefix: str = "") -> T:
+    """`default`, a dataclass, with the values of the dictionary `node`, recursively.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type.
+    """
     hints = get_type_hints(type(default))
     if not isinstance(node, dict):
         raise ConfigError(f"{prefix}={node} must be a group with the keys {', '.join(hints)}.")
     values = {}
     for name, value in node.items():
         if name not in hints:
-            raise _unknown(prefix, name, hints)
+            nested = any(is_dataclass(getattr(default, field)) for field in hints)
+            raise _unknown(prefix, name, hints, "groups" if nested else "keys")
         key, old = _join(prefix, name), getattr(default, name)
-        values[name] = _build(old, value, key) if is_dataclass(old) else _leaf(key, value, hints[name])
+        values[name] = build(old, value, key) if is_dataclass(old) else _leaf(key, value, hints[name])
     return replace(default, **values)  # type: ignore[type-var]
 
 
@@ -149,10 +154,10 @@ def _leaf(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _unknown(prefix: str, name: str, known: Iterable[str]) -> ConfigError:
+def _unknown(prefix: str, name: str, known: Iterable[str], what: str = "groups") -> ConfigError:
     known = list(known)
     meant = _did_you_mean(name, known, f"{prefix}." if prefix else "")
-    within = f"keys of {prefix}" if prefix else "groups"
+    within = f"keys of {prefix}" if prefix else what
     return ConfigError(f"{_join(prefix, name)} is not a known key{meant}; {within}: {', '.join(known) or 'none'}.")
 
 

@@ -66,6 +66,8 @@ class TransfusionConfig:
     """`unet` has down and up blocks."""
     unet_channels: int = 64
     """Channels of the first U-Net block; doubled at every halving."""
+    patch_position_embedding: bool = False
+    """Adds a learned embedding of each patch's place in its image; the paper leaves places to RoPE alone."""
     ddpm_weight: float = 5.0
     num_train_timesteps: int = 1000
     caption_first: float = 0.8
@@ -74,6 +76,19 @@ class TransfusionConfig:
     """Bound on the timestep of an image that a later caption describes."""
     condition_dropout: float = 0.0
     """Share of caption-first pairs trained without their caption, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """Where a converted model has its ids. All null: our own arrangement, behind the text tokenizer's entries."""
+
+    pad: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    boi: int | None = None
+    eoi: int | None = None
+    image_start: int | None = None
+    """Id of image code 0; the other codes follow it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ class ChameleonConfig:
     image_codes: int = 8192
     vocab_size: int | None = None
     """Entries of the whole vocabulary; null means just what tokenizer, specials and image codes need."""
+    vocabulary: VocabularyConfig = VocabularyConfig()
     z_loss_weight: float = 1e-5
     image_first: float = 0.5
     """Share of caption-image pairs in which the image comes first."""

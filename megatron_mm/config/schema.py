@@ -112,7 +112,7 @@ class RunConfig:
 class LoggingConfig:
     log_interval: int = 1
     """Iterations between console lines; metrics.jsonl has every iteration."""
-    wandb: str = choice("disabled", "offline", "online")
+    wandb: str = choice("offline", "online", "disabled")
     wandb_project: str = "megatron_mm"
 
 

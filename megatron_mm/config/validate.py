@@ -13,10 +13,11 @@ from typing import Any
 from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.model import TransfusionConfig
 
-FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep"}
+IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
+FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
-SHARES = {"adam_beta1", "adam_beta2", "hidden_dropout", "caption_first", "image_first", "condition_dropout"}
+SHARES = {"adam_beta1", "adam_beta2", "hidden_dropout", "caption_first", "image_first", "condition_dropout", "top_p"}
 """Numbers between 0 and 1; all others are 0 or more."""
 
 
@@ -26,18 +27,19 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: a value out of range or not among its field's choices, or keys that contradict each other.
     """
-    for problem in _out_of_range(config):
+    for problem in out_of_range(config):
         raise ConfigError(problem)
     for wrong, problem in _contradictions(config, world_size):
         if wrong:
             raise ConfigError(problem)
 
 
-def _out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
+def out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
+    """A sentence for each value of the dataclass `group` that its field does not take, recursively."""
     for field in fields(group):
         value = getattr(group, field.name)
         if is_dataclass(value):
-            yield from _out_of_range(value, f"{prefix}{field.name}.")
+            yield from out_of_range(value, f"{prefix}{field.name}.")
         elif expected := _expected(field, value):
             yield f"{prefix}{field.name}={'null' if value is None else value} must be {expected}."
 
@@ -131,6 +133,11 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
         "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true and "
         "parallel.overlap_grad_reduce=true; set both, or turn it off.",
+    )
+    yield (
+        train.precision == "fp64" and parallel.use_distributed_optimizer,
+        "train.precision=fp64 needs parallel.use_distributed_optimizer=false (the distributed optimizer keeps fp32 "
+        "gradients); set it, or use fp32.",
     )
     yield (
         parallel.recompute_granularity == "full" and parallel.recompute_num_layers > trunk.num_layers // chunks,

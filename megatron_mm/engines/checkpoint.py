@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.engines.megatron import MegatronEngine
 
@@ -66,9 +67,9 @@ def common_state(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself without its tensors: `iteration`, `config` (YAML), `data_state`, ..."""
     path = resolve(folder)
     try:
-        return dist_checkpointing.load_common_state_dict(path)
+        return dist_checkpointing.load_common_state_dict(str(path))
     except Exception as error:  # torch.load and megatron-core raise many kinds
-        raise CheckpointError(f"{path} is corrupt: {_first_line(error)}. Load an older iter_* folder.") from error
+        raise CheckpointError(f"{path} is corrupt: {_reason(error)}. Load an older iter_* folder.") from error
 
 
 def load_weights(models: list, folder: str | Path) -> None:
@@ -80,7 +81,7 @@ def load_weights(models: list, folder: str | Path) -> None:
     path = resolve(folder)
     state = _load({"model": _model_state(models)}, path)
     for number, model in enumerate(models):
-        model.load_state_dict(_local_state(state["model"][str(number)]), strict=True)
+        model.load_state_dict(state["model"][str(number)], strict=True)
 
 
 class Checkpointer:
@@ -105,7 +106,8 @@ class Checkpointer:
             request = dist_checkpointing.save(
                 state, str(path), async_sharded_save=self.use_async, content_metadata=_METADATA
             )
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
+            shutil.rmtree(path, ignore_errors=True)
             raise self._failure(path, error) from error
         if request is None:
             self._publish(iteration)
@@ -134,7 +136,7 @@ class Checkpointer:
             )
         state = _load(self._state(is_loading=True), path)
         for number, model in enumerate(self.engine.models):
-            model.load_state_dict(_local_state(state["model"][str(number)]), strict=True)
+            model.load_state_dict(state["model"][str(number)], strict=True)
         self.engine.optimizer.load_state_dict(state["optimizer"])
         self.engine.schedule.load_state_dict(state["schedule"])
         return common
@@ -173,13 +175,13 @@ class Checkpointer:
         latest = latest_iteration(self.folder)
         kept = "no earlier checkpoint exists" if latest is None else f"iter_{latest:07d} is still the latest checkpoint"
         return CheckpointError(
-            f"could not save {path}: {_first_line(error)}. Free some space or change checkpoint.save; {kept}."
+            f"could not save {path}: {_reason(error)}. Free some space or change checkpoint.save; {kept}."
         )
 
     def _finalize(self, blocking: bool) -> None:
         try:
             self._queue.maybe_finalize_async_calls(blocking)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise self._failure(self.folder, error) from error
 
     def _publish(self, iteration: int) -> None:
@@ -203,21 +205,17 @@ def _model_state(models: list) -> dict[str, Any]:
     return {str(number): model.sharded_state_dict() for number, model in enumerate(models)}
 
 
-def _local_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A loaded sharded state under the module's own names."""
-    return state
-
-
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"cannot load {path}: {_first_line(error)}. It is corrupt or of another model: compare its config with "
+            f"cannot load {path}: {_reason(error)}. It is corrupt or of another model: compare its config with "
             f"yours, or load an older iter_* folder."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """The line of `error` that says what happened: the last one of a worker's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")

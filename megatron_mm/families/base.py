@@ -7,13 +7,13 @@ asks of `ParallelOps`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from megatron_mm.config.model import TrunkConfig
+from megatron_mm.config.model import TrunkConfig, VocabularyConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.types import Document, FieldSpec, LossTerm, PackedBatch, Sample
@@ -21,7 +21,7 @@ from megatron_mm.types import Document, FieldSpec, LossTerm, PackedBatch, Sample
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where everything stands in one id space: text first, then the specials, then the image codes (if any)."""
+    """Where everything stands in one id space. Ours: text first, then the specials, then the image codes (if any)."""
 
     text_size: int
     pad: int
@@ -49,6 +49,32 @@ class Vocabulary:
             )
         return Vocabulary(text_size, *specials, image_start=text_size + 5, image_codes=image_codes, size=size or needed)
 
+    @staticmethod
+    def at(ids: VocabularyConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:
+        """A converted model's vocabulary, whose ids are given; text has every entry that nothing else takes.
+
+        Raises:
+            ValueError: an id or the size is not given, or they contradict each other.
+        """
+        named = asdict(ids)
+        unset = [f"model.vocabulary.{name}" for name, value in named.items() if value is None]
+        if unset:
+            raise ValueError(f"model.vocabulary is set but for {', '.join(unset)}: set all of its ids, or none.")
+        if size is None:
+            raise ValueError(
+                "model.vocabulary is set, so model.vocab_size must be too: give the number of all entries."
+            )
+        codes = range(ids.image_start, ids.image_start + image_codes)
+        specials = [value for name, value in named.items() if name != "image_start"]
+        needed = max(text_size, codes.stop, *(special + 1 for special in specials))
+        if needed > size:
+            raise ValueError(f"model.vocab_size={size} is too small for its tokenizer and ids: raise it to {needed}.")
+        if len({*specials, *codes}) < len(specials) + image_codes:
+            raise ValueError(
+                f"model.vocabulary={named} has an id twice or among its {image_codes} image codes: make them differ."
+            )
+        return Vocabulary(text_size, **named, image_codes=image_codes, size=size)
+
 
 class Family(Protocol):
     """What every family provides. `terms` and `fields` never change during a run."""
@@ -61,12 +87,24 @@ class Family(Protocol):
     causal: bool
     """Whether the mask is plain packed-causal, so that a causal kernel may compute it."""
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's positions in a sequence."""
+        ...
+
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Upper bound, and in fact the exact number, of positions of a document with so many segments and text tokens."""
         ...
 
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """The sample as a sequence, corrupted (noise, masking) by the sample's own streams."""
+        ...
+
+    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
+        """The sample's segments in their own order, uncorrupted and without an end: what sampling continues.
+
+        `open_image` ends the prompt with BOI. Fields that only losses read are left out.
+        """
         ...
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_mm.config.model import ChameleonConfig
+from megatron_mm.config.model import ChameleonConfig, VocabularyConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, token_sequence
+from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
 from megatron_mm.mask import causal
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample
@@ -29,9 +29,14 @@ class Chameleon:
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config
         self.trunk = config.trunk
-        self.vocab = Vocabulary.after_text(text_vocab_size, config.image_codes, config.vocab_size)
+        self.vocab = _vocabulary(config, text_vocab_size)
         self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
         self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes in an image."""
+        return self.config.image.height, self.config.image.width
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Positions of a document; with condition dropout it may turn out shorter."""
@@ -48,6 +53,14 @@ class Chameleon:
             arrangement.segments, self.vocab, lambda segment: self._image_tokens(sample, segment)
         )
         return Document(sample.uid, tokens, causal(len(tokens)), {"labels": next_token_labels(tokens)}, images)
+
+    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
+        """See `Family.lay_out_prompt`; raises as `lay_out` does."""
+        tokens, images = token_sequence(
+            sample.segments, self.vocab, lambda segment: self._image_tokens(sample, segment)
+        )
+        tokens = open_end(tokens, self.vocab, open_image)
+        return Document(sample.uid, tokens, causal(len(tokens)), {}, images)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         labels = int((batch.fields["labels"] != IGNORE).sum())
@@ -72,6 +85,12 @@ class Chameleon:
                 f"model.image_codes={self.config.image_codes}. Set it to the image tokenizer's codebook size."
             )
         return codes.astype(np.int64) + self.vocab.image_start
+
+
+def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:
+    if config.vocabulary == VocabularyConfig():
+        return Vocabulary.after_text(text_vocab_size, config.image_codes, config.vocab_size)
+    return Vocabulary.at(config.vocabulary, text_vocab_size, config.image_codes, config.vocab_size)
 
 
 class ChameleonFront(nn.Module):

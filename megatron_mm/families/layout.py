@@ -61,6 +61,11 @@ def token_sequence(
     return np.array(tokens, dtype=np.int64), np.array(images, dtype=np.int32).reshape(-1, 3)
 
 
+def open_end(tokens: np.ndarray, vocab: Vocabulary, open_image: bool) -> np.ndarray:
+    """`tokens` of `token_sequence` without their EOS, int64: a prompt, which BOI ends where an image is to follow."""
+    return np.append(tokens[:-1], vocab.boi) if open_image else tokens[:-1]
+
+
 def next_token_labels(tokens: np.ndarray) -> np.ndarray:
     """The label of position i is token i + 1, int64 [n]; the last position has none."""
     return np.append(tokens[1:], IGNORE)

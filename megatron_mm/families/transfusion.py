@@ -20,7 +20,7 @@ from torch import nn
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, token_sequence
+from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
 from megatron_mm.mask import with_spans
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
@@ -101,6 +101,21 @@ class Transfusion:
         fields = {"patches": patches, "noise": noise, "timestep": timestep, "labels": labels}
         return Document(sample.uid, tokens, with_spans(n, spans), fields, images)
 
+    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
+        """See `Family.lay_out_prompt`: images are clean, at timestep 0. Raises as `lay_out` does."""
+        tokens, images = token_sequence(sample.segments, self.vocab, lambda segment: np.full(self.grid, self.vocab.pad))
+        tokens = open_end(tokens, self.vocab, open_image)
+        patches = np.zeros((len(tokens), self.patch_dim), dtype=np.float32)
+        timestep = np.full(len(tokens), NO_PATCH, dtype=np.int32)
+        spans = [(int(first), int(first + h * w)) for first, h, w in images]
+        clean = [segment.data for segment in sample.segments if isinstance(segment, ImageSegment)]
+        for (first, end), x0 in zip(spans, clean, strict=True):
+            self._check_image(sample, x0)
+            patches[first:end] = patchify(x0, self.config.patch_size)
+            timestep[first:end] = 0
+        fields = {"patches": patches, "timestep": timestep}
+        return Document(sample.uid, tokens, with_spans(len(tokens), spans), fields, images)
+
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {
             "text": int((batch.fields["labels"] != IGNORE).sum()),
@@ -140,11 +155,27 @@ class TransfusionFront(nn.Module):
             if config.patch_codec == "linear"
             else UNetPatchIn(config.image.channels, config.patch_size, hidden, config.unet_channels)
         )
+        self.positions = None
+        if config.patch_position_embedding:
+            grid = config.image.height * config.image.width // config.patch_size**2
+            self.positions = nn.Parameter(torch.empty(grid, hidden))
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         timestep = batch.fields["timestep"]
         image = self.patch_in(batch.fields["patches"], timestep, batch.images)
+        if self.positions is not None:
+            image = image + self._positions(batch)
         return torch.where((timestep != NO_PATCH)[..., None], image, self.embedding(batch.tokens))
+
+
+    def _positions(self, batch: PackedBatch) -> torch.Tensor:
+        """The embedding of each patch's place in its image [B, S, D], zero elsewhere."""
+        rows, length = batch.tokens.shape
+        first = batch.images[:, 0] * length + batch.images[:, 1]
+        places = torch.arange(len(self.positions), device=first.device)
+        out = self.positions.new_zeros(rows * length, self.positions.shape[1])
+        index = (first[:, None] + places).flatten().long()
+        return out.index_copy(0, index, self.positions.repeat(len(first), 1)).view(rows, length, -1)
 
 
 class TransfusionBack(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -13,7 +16,7 @@ from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 class SpanAttention(nn.Module):
     """Attention over the batch's interval mask, on this rank's heads.
 
-    With a `cache` set (sampling), the mask's `hi` row alone says what each new token sees, in cache coordinates.
+    With a `cache` (see `caching`), the mask's `hi` row alone says what each new token sees, in cache coordinates.
     """
 
     def __init__(self, config: TrunkTransformerConfig, layer_number: int, **_unused):
@@ -32,3 +35,16 @@ class SpanAttention(nn.Module):
         else:
             out = attend_cached(q, *self.cache.update(self.layer_number, k, v), hi=attention_mask[:, 1])
         return out.flatten(2).transpose(0, 1).contiguous()
+
+
+@contextmanager
+def caching(model: nn.Module, cache: KVCache) -> Iterator[None]:
+    """Every attention layer of `model` writes its keys to `cache` and attends to what is there."""
+    layers = [module for module in model.modules() if isinstance(module, SpanAttention)]
+    for layer in layers:
+        layer.cache = cache
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cache = None

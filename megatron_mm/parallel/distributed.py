@@ -82,3 +82,16 @@ def on_first_rank(task: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         raise error
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def single_process(device: torch.device) -> Iterator[Layout]:
+    """A job of this process alone, unless it is in a job already, whose model must then not be cut over ranks."""
+    if dist.is_initialized():
+        layout = Layout.current(ParallelConfig(), dist.get_world_size(), dist.get_rank())
+        assert layout.tp_size == layout.pp_size == 1, layout.describe()
+        yield layout
+    else:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        with process_groups(ParallelConfig(), 0, device, **alone) as layout:
+            yield layout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -85,7 +86,8 @@ class StageModel(MegatronModule):
         for name, part in (("front", self.front), ("back", self.back)):
             if part is not None:
                 state |= _sharded_tree(part, f"{prefix}{name}.", metadata)
-        return state
+        # What remains are Transformer Engine's empty `_extra_state` objects, which a checkpoint need not hold.
+        return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
 
 
 def _sharded_tree(module: nn.Module, prefix: str, metadata: dict) -> dict:

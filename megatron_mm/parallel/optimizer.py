@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch.optim.adamw import adamw
 
 from megatron_mm.config.schema import OptimConfig, ParallelConfig, TrainConfig
@@ -55,6 +56,10 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
 
+_NO_DECAY = ParamPredicate("norm_or_bias", lambda p: p.dim() < 2 or getattr(p, "init_std", 0.0) is None)
+"""Norms and biases. megatron-core goes by shape alone and would let per-head norms decay, which are matrices."""
+
+
 def build_optimizer(
     chunks: list[torch.nn.Module], optim: OptimConfig, parallel: ParallelConfig, train: TrainConfig
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
@@ -81,6 +86,7 @@ def build_optimizer(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
         ),
         chunks,
+        config_overrides={ParamKey(predicate=_NO_DECAY): ParamGroupOverride(wd_mult=0.0)},
     )
     decay = optim.lr_decay_iters or train.train_iters
     exponential = optim.lr_decay_style == "exponential"

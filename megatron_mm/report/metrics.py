@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -72,13 +73,19 @@ def console_line(metrics: dict[str, Any], milliseconds: float, total: int) -> st
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every iteration's metrics; a last line that a kill cut short is left out."""
+    """Every iteration's metrics; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    lines = path.read_bytes().splitlines()
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON: mend or remove the line.") from None
     return rows
 
 
@@ -94,13 +101,14 @@ def _cut_after(path: Path, iteration: int) -> None:
 def _start_wandb(config: LoggingConfig, run_config: dict, name: str, folder: Path):
     if config.wandb == "disabled":
         return None
-    try:
-        import wandb  # an optional dependency
-    except ImportError:
+    if importlib.util.find_spec("wandb") is None:
+        if config.wandb == "offline":
+            return None
         raise ValueError(
-            f"logging.wandb={config.wandb} needs the wandb package: pip install megatron_mm[wandb], or set "
-            "logging.wandb=disabled."
-        ) from None
+            "logging.wandb=online needs the wandb package: pip install megatron_mm[wandb], or set logging.wandb=offline."
+        )
+    import wandb  # optional, and slow to import
+
     return wandb.init(
         project=config.wandb_project, name=name, dir=str(folder), mode=config.wandb, config=run_config, resume="allow"
     )

@@ -1,0 +1,79 @@
+"""`python -m megatron_mm.generate checkpoint=DIR prompt="..." image=FILE out=DIR`: pictures and text from a checkpoint.
+
+Writes PNGs and samples.jsonl into `out`, one object a document: `prompt`, `image` (as given), `sample` (its number),
+`segments` (what was generated, in order: {"text": ...} or {"image": file name}). `config/generate.py` has all keys.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from megatron_mm.config.cli import user_errors
+from megatron_mm.config.generate import GenerateConfig, parse
+from megatron_mm.data.files import replacing
+from megatron_mm.sampling.generation import generate
+from megatron_mm.sampling.model import SamplingModel
+from megatron_mm.types import ImageSegment, Segment, TextSegment
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse(arguments)
+    picture = _open_image(config.image) if config.image else None
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with SamplingModel.load(config.checkpoint) as model:
+        image = [ImageSegment(model.codec.encode(picture))] if picture else []
+        texts = config.prompt or (None,)
+        prompts = [[*image, *([] if text is None else [TextSegment(model.tokenizer.encode(text))])] for text in texts]
+        documents = _generate(model, prompts, config)
+        lines = []
+        for number, segments in enumerate(documents):
+            prompt, sample = divmod(number, config.num_samples)
+            name = f"{prompt:04d}_{sample:02d}"
+            parts = [_write(model, segment, out, f"{name}_{i:02d}.png") for i, segment in enumerate(segments)]
+            lines.append({"prompt": texts[prompt], "image": config.image, "sample": sample, "segments": parts})
+    with replacing(out / "samples.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for line in lines:
+        shown = [part.get("text") or str(out / part["image"]) for part in line["segments"]]
+        print(f"{line['prompt'] or line['image']!s} -> {' '.join(shown)}")
+
+
+def _generate(model: SamplingModel, prompts: list[list[Segment]], config: GenerateConfig) -> list[list[Segment]]:
+    """`generate` with a progress bar where there is a terminal."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(prompts) * config.num_samples)
+        show = lambda finished, activity: bar.update(task, completed=finished, description=activity)  # noqa: E731
+        return generate(model, prompts, config.effective_mode, config, show)
+
+
+def _open_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"image={path} cannot be read as a picture: {error}.") from error
+
+
+def _write(model: SamplingModel, segment: Segment, out: Path, name: str) -> dict[str, str]:
+    """The segment for samples.jsonl; an image becomes the file `name`."""
+    if isinstance(segment, TextSegment):
+        return {"text": model.tokenizer.decode(segment.ids)}
+    pixels = model.codec.decode(segment.data)
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(out / name)
+    return {"image": name}
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])

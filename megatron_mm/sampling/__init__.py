@@ -1,0 +1,1 @@
+"""Sampling: continues documents with text and images, from a checkpoint of any layout."""

@@ -1,0 +1,82 @@
+"""Rows of documents that grow together over one KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_mm.data.pack import pack
+from megatron_mm.nn.kv_cache import KVCache
+from megatron_mm.parallel.attention import caching
+from megatron_mm.sampling.model import SamplingModel
+from megatron_mm.types import Document, PackedBatch
+
+
+class Decoder:
+    """`lengths` int64 [rows] says how many positions of each row are cached. Used inside `Decoder.open`."""
+
+    def __init__(self, model: SamplingModel, rows: int, capacity: int):
+        self.model = model
+        self.cache = KVCache(rows, capacity, model.device)
+        self.lengths = np.zeros(rows, dtype=np.int64)
+
+    @classmethod
+    @contextmanager
+    def open(cls, model: SamplingModel, rows: int, capacity: int) -> Iterator[Decoder]:
+        """A decoder whose cache the model uses until the block ends; each row may hold `capacity` positions."""
+        decoder = cls(model, rows, capacity)
+        with torch.inference_mode(), caching(model.stage, decoder.cache):
+            yield decoder
+
+    def prefill(self, rows: Sequence[int], documents: Sequence[Document]) -> torch.Tensor:
+        """Caches whole documents as the content of `rows`; hidden states [b, D] at each one's last position."""
+        lengths = np.array([len(document.tokens) for document in documents])
+        family = self.model.family
+        given = {name: spec for name, spec in family.fields.items() if name in documents[0].fields}
+        batch = pack([[d] for d in documents], int(lengths.max()), given, family.vocab.pad, [[0]] * len(documents))
+        self.lengths[rows] = 0
+        hidden = self.forward(rows, batch, keep=lengths)
+        return hidden[torch.arange(len(rows)), torch.from_numpy(lengths - 1)]
+
+    def forward(self, rows: Sequence[int], batch: PackedBatch, keep: int | np.ndarray) -> torch.Tensor:
+        """Hidden states [b, n, D] of a batch that continues `rows`, one each; its masks and positions start at 0.
+
+        The first `keep` positions stay cached, whatever comes next overwrites the others.
+        """
+        start = torch.from_numpy(self.lengths[rows])[:, None]
+        slots = start + torch.arange(batch.tokens.shape[1])
+        meta = batch.meta.clone()
+        meta[:, 1] += start
+        meta[:, 3] = slots
+        self.cache.place(rows, slots)
+        self.lengths[rows] += keep
+        stage = self.model.stage
+        moved = replace(batch, meta=meta).to(self.model.device, stage.config.params_dtype)
+        return stage.hidden(moved).transpose(0, 1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 or wider logits [..., V] of hidden states [..., D]; V includes the padding of the vocabulary."""
+        logits = self.model.stage.back.logits(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def piece(
+    tokens: np.ndarray,
+    hi: np.ndarray | None = None,
+    fields: dict[str, torch.Tensor] | None = None,
+    images: Sequence[tuple[int, int, int, int]] = (),
+) -> PackedBatch:
+    """The next n tokens of b rows, all of one shape, in coordinates that start at 0.
+
+    Args:
+        tokens: int64 [b, n]; hi: int [n], where each token's keys end; causal if None. The rest as in `PackedBatch`.
+    """
+    b, n = tokens.shape
+    meta = torch.zeros(b, 5, n, dtype=torch.int32)
+    meta[:, 1] = torch.arange(1, n + 1) if hi is None else torch.from_numpy(hi)
+    where = torch.tensor(images, dtype=torch.int32).reshape(-1, 4)
+    return PackedBatch(torch.from_numpy(tokens), meta, fields or {}, where, documents=b, real_tokens=b * n)

@@ -1,0 +1,142 @@
+"""A run that is killed with SIGKILL and resumed, under the same or another layout, gives the uninterrupted loss curve."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import overrides_for, run_training
+
+from megatron_mm.engines.checkpoint import CheckpointError, latest_iteration, resolve
+from megatron_mm.report.metrics import read_metrics
+
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+
+
+@pytest.fixture
+def run(shards, tmp_path):
+    """Call with a family and further overrides: the overrides of a run in tmp_path that saves every 3 iterations."""
+
+    def make(family, *overrides, folder="run"):
+        save = ["checkpoint.save=${run.dir}/checkpoints", "checkpoint.save_interval=3", "train.train_iters=12"]
+        return overrides_for(family, shards, tmp_path / folder, *save, *overrides)
+
+    return make
+
+
+def kill_when(overrides: list[str], world_size: int, condition) -> None:
+    """Starts the run and kills all its processes at once, as a machine that fails does, when `condition()` holds."""
+
+    def session() -> None:
+        os.setsid()
+        run_training(overrides, world_size)
+
+    process = multiprocessing.get_context("fork").Process(target=session)
+    process.start()
+    deadline = time.monotonic() + 120
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert time.monotonic() < deadline, "the moment to kill never came"
+
+
+def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == list(range(1, 13))
+    for row, step in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(step["loss"], rel=tolerance), f"iteration {row['iteration']}"
+        assert {name: row[f"count/{name}"] for name in step["counts"]} == step["counts"]
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "then", "world_size", "tolerance"),
+    [
+        ("transfusion", [], [], 2, 1e-6),
+        ("transfusion", [], TP2, 2, 1e-5),
+        ("chameleon", TP2, PP2, 2, 1e-5),
+        ("chameleon", ["checkpoint.async_save=true"], [], 1, 1e-5),
+    ],
+    ids=["same-layout", "dp2-to-tp2", "tp2-to-pp2", "async-dp2-to-one"],
+)
+def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run, tmp_path):
+    expected = run_training(run(family, folder="whole"))
+    folder = tmp_path / "run"
+    moment = random.randint(4, 11)
+    metrics = folder / "metrics.jsonl"
+    kill_when(run(family, *first), 2, lambda: metrics.exists() and metrics.read_text().count("\n") >= moment)
+    run_training(run(family, "run.if_exists=resume", *then), world_size)
+    assert_joins(folder, expected, tolerance)
+
+
+def test_kill_in_the_middle_of_a_save(run, tmp_path):
+    expected = run_training(run("chameleon", folder="whole"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kill_when(run("chameleon"), 2, (checkpoints / "iter_0000006").exists)
+    assert latest_iteration(checkpoints) in (3, 6)
+    run_training(run("chameleon", "run.if_exists=resume"), 2)
+    assert_joins(tmp_path / "run", expected, 1e-5)
+
+
+def test_usr1_saves_and_stops(run, tmp_path):
+    """SIGUSR1 to one of two ranks: both save at the same iteration and leave with exit code 0."""
+    overrides = run("chameleon", "checkpoint.save_interval=1000")
+    process = multiprocessing.get_context("fork").Process(target=_run_with_usr1_at, args=(overrides, tmp_path, 4))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    saved = latest_iteration(tmp_path / "run" / "checkpoints")
+    assert saved is not None and 4 <= saved < 12
+    expected = run_training(run("chameleon", folder="whole"))
+    run_training(run("chameleon", "run.if_exists=resume"), 1)
+    assert_joins(tmp_path / "run", expected, 1e-5)
+
+
+def _run_with_usr1_at(overrides: list[str], tmp_path: Path, iteration: int) -> None:
+    import threading
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def signal_a_rank() -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < iteration:
+            time.sleep(0.002)
+        ranks = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGUSR1)
+
+    threading.Thread(target=signal_a_rank, daemon=True).start()
+    run_training(overrides, 2)
+
+
+def test_corrupt_and_missing_checkpoints_are_named(run, tmp_path):
+    run_training(run("chameleon", "train.train_iters=3"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    data = next((checkpoints / "iter_0000003").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(AssertionError, match=r"cannot load .*iter_0000003: .*corrupt"):
+        run_training(run("chameleon", "run.if_exists=resume", "train.train_iters=3"))
+    (checkpoints / "iter_0000003" / "metadata.json").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000003 is not a complete checkpoint"):
+        resolve(checkpoints)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        resolve(tmp_path)
+
+
+def test_disk_full_keeps_the_previous_checkpoint(run, tmp_path):
+    """The second save hits the end of a small file system: one sentence, and the first checkpoint is still there."""
+    run_training(run("chameleon", "train.train_iters=3", folder="measure"))
+    one = sum(file.stat().st_size for file in (tmp_path / "measure" / "checkpoints").rglob("*") if file.is_file())
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size={1.5 * one / 1024:.0f}k tmpfs {small} 2>/dev/null"):
+        pytest.skip("mounting a small tmpfs needs privileges")
+    try:
+        with pytest.raises(AssertionError, match=r"could not save .*No space left on device.*iter_0000003 is still"):
+            run_training(run("chameleon", f"checkpoint.save={small}"))
+        assert latest_iteration(small) == 3 and resolve(small).name == "iter_0000003"
+        assert [path.name for path in small.glob("iter_*")] == ["iter_0000003"]
+    finally:
+        os.system(f"umount {small}")

@@ -1,0 +1,69 @@
+"""Every layout starts from the same weights."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from distributed import run_ranks
+from sharded import assemble, local_shards
+
+from megatron_mm.config.compose import Config
+from megatron_mm.config.model import ChameleonConfig, ImageConfig, TransfusionConfig, TrunkConfig
+from megatron_mm.config.schema import ParallelConfig, TrainConfig
+from megatron_mm.engines.megatron import build_chunks
+from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.distributed import process_groups
+
+TP, PP, VPP = (f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model"))
+TRUNK = TrunkConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, qk_layernorm=True)
+MODELS = {
+    "chameleon": ChameleonConfig(trunk=TRUNK, image_codes=16),
+    "swin": ChameleonConfig(trunk=replace(TRUNK, norm_placement="swin"), image_codes=16),
+    "transfusion": TransfusionConfig(trunk=TRUNK, image=ImageConfig(height=8, width=8), patch_codec="unet"),
+}
+CPU = torch.device("cpu")
+
+
+def shards(init, model, seed, parallel):
+    config = Config(model=model, parallel=ParallelConfig(**parallel), train=TrainConfig(seed=seed))
+    with process_groups(config.parallel, seed, CPU, **init) as layout:
+        torch.manual_seed(layout.rank)  # nothing may depend on the ordinary generator
+        return local_shards(build_chunks(config, build_family(model, 256), layout, CPU))
+
+
+def weights(name, seed=0, **parallel):
+    ranks = ParallelConfig(**parallel).model_parallel_size
+    return assemble(run_ranks(shards, ranks, MODELS[name], seed, parallel))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return {name: weights(name) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("parallel", [{TP: 2}, {PP: 2}, {PP: 2, VPP: 2}, {TP: 2, PP: 2}], ids=str)
+def test_every_layout_has_the_same_weights(whole, name, parallel):
+    ours = weights(name, **parallel)
+    assert ours.keys() == whole[name].keys()
+    for key, weight in whole[name].items():
+        assert torch.equal(ours[key], weight), key
+
+
+def test_weights_follow_their_rule(whole):
+    for key, weight in whole["chameleon"].items():
+        if "layernorm" in key:
+            assert (weight == (0 if key.endswith("bias") else 1)).all(), key
+            continue
+        std = 0.02 / math.sqrt(2 * 4) if key.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0.02
+        assert abs(weight.std() / std - 1) < 5 / math.sqrt(2 * weight.numel()), key
+        assert abs(weight.mean() / std) < 5 / math.sqrt(weight.numel()), key
+
+
+def test_no_two_weights_are_alike(whole):
+    """Nor are the halves of a joined matrix, the layers, or two seeds."""
+    drawn = [w for k, w in whole["chameleon"].items() if "layernorm" not in k]
+    drawn += [w for k, w in weights("chameleon", seed=1).items() if "layernorm" not in k]
+    rows = torch.cat([w.flatten().unfold(0, 16, 16) for w in drawn])
+    assert len(rows.unique(dim=0)) == len(rows)

@@ -1,0 +1,76 @@
+"""The optimizer against torch's own AdamW, and what must not decay."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from megatron_mm.config.compose import compose
+from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.distributed import process_groups
+from megatron_mm.parallel.optimizer import FusedAdam, clip_and_step
+
+
+def test_fused_adam_is_torch_adamw():
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(5)]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    optimizers = FusedAdam(ours, **options), torch.optim.AdamW(theirs, **options)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert optimizers[0].param_groups[0]["step"] == 5
+
+
+CONFIG = [
+    "run.name=test", "data.path=none", "model=chameleon_tiny", "optim.lr=1.0", "optim.weight_decay=0.5",
+    "optim.lr_decay_style=constant", "train.train_iters=10",
+]  # fmt: skip
+
+
+def _engine(init_kwargs, check, *overrides):
+    config = compose([*CONFIG, *overrides])
+    device = torch.device("cpu")
+    with process_groups(config.parallel, 1, device, **init_kwargs) as layout:
+        return check(MegatronEngine(config, build_family(config.model, 256), layout, device))
+
+
+def _decay(engine):
+    """With no gradient, a step only decays: the factor on every parameter."""
+    before = {name: p.detach().clone() for name, p in engine.models[0].named_parameters()}
+    engine.optimizer.zero_grad()
+    assert clip_and_step(engine.optimizer) == (True, 0.0)
+    return {
+        name: float((p / before[name]).nan_to_num(1.0).mean()) for name, p in engine.models[0].named_parameters()
+    }
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_norms_and_biases_do_not_decay(distributed):
+    (factors,) = run_ranks(_engine, 1, _decay, f"parallel.use_distributed_optimizer={distributed}")
+    for name, factor in factors.items():
+        decays = "norm" not in name and not name.endswith("bias")
+        assert factor == pytest.approx(0.5 if decays else 1.0, rel=1e-5), name
+
+
+def _nan_step(engine):
+    before = [p.detach().clone() for p in engine.models[0].parameters()]
+    engine.optimizer.zero_grad()
+    for parameter in engine.models[0].parameters():
+        parameter.main_grad.fill_(float("nan"))
+    stepped, _ = clip_and_step(engine.optimizer)
+    same = all(torch.equal(a, b) for a, b in zip(before, engine.models[0].parameters(), strict=True))
+    return SimpleNamespace(stepped=stepped, same=same)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    (result,) = run_ranks(_engine, 1, _nan_step)
+    assert not result.stepped and result.same

@@ -1,0 +1,16 @@
+"""The tiny image tokenizer of `tiny_runs`, once a session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_mm.data.image_codec import PatchVQCodec
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codebook")
+    codebook = np.random.default_rng(0).uniform(-1, 1, (16, 4)).astype(np.float32)
+    PatchVQCodec(codebook, channels=1, height=8, width=8, patch=2).save(folder / "codebook.npz")
+    return folder

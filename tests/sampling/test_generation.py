@@ -1,0 +1,232 @@
+"""What `generate` promises: the grammar, reproducibility, independence of the batch, and exactness against plain loops."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import config_for, with_model
+
+from megatron_mm.config.generate import MODES, SamplingConfig
+from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.pack import pack
+from megatron_mm.nn.patch import patchify, unpatchify
+from megatron_mm.sampling.decoder import Decoder
+from megatron_mm.sampling.generation import SAMPLERS, generate
+from megatron_mm.sampling.row import Request, Row
+from megatron_mm.sampling.text import Next, choose, grammar
+from megatron_mm.types import ImageSegment, Sample, TextSegment
+
+FAMILIES = ("transfusion", "transfusion_unet", "chameleon")
+FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
+WILD = SamplingConfig(steps=3, temperature=20.0, top_p=1.0, max_new_tokens=60, cfg_scale=1.0)
+"""Nearly uniform over what is allowed, so that images begin by themselves."""
+
+
+def text(*ids):
+    return TextSegment(np.array(ids, dtype=np.int64))
+
+
+def prompts_of(model, mode):
+    """Five prompts of different lengths."""
+    rng = np.random.default_rng(2)
+    texts = [text(*rng.integers(0, 256, n)) for n in (4, 11, 0, 7, 1)]
+    if mode != "image_to_text":
+        return [[t] for t in texts]
+    image = (lambda: rng.integers(0, 16, (4, 4))) if model.codec.codes else (lambda: rng.random((1, 8, 8), np.float32))
+    return [[ImageSegment(image()), t] for t in texts]
+
+
+def plain(documents):
+    """As lists of (kind, array), which compare and pickle."""
+    return [[(type(s).__name__, s.ids if isinstance(s, TextSegment) else s.data) for s in d] for d in documents]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert [kind for kind, _ in one] == [kind for kind, _ in other]
+        for (_, a), (_, b) in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=0 if a.dtype == np.int64 else 1e-4)
+
+
+def batched_and_single(model, mode):
+    prompts = prompts_of(model, mode)
+    settings = {"steps": 4, "temperature": 20.0 if mode == "interleaved" else 0.7, "max_new_tokens": 12, "num_samples": 2}
+    runs = [
+        generate(model, prompts, mode, SamplingConfig(**settings, batch_size=10)),
+        generate(model, prompts, mode, SamplingConfig(**settings, batch_size=1)),
+        generate(model, prompts[:2], mode, SamplingConfig(**settings)),
+        generate(model, prompts[:2], mode, SamplingConfig(**settings, seed=1)),
+    ]
+    return [plain(run) for run in runs]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_changes_nothing_and_seed_everything(family, mode, folder):
+    together, alone, fewer, reseeded = with_model(batched_and_single, config_for(family, folder), mode)
+    assert len(together) == 10
+    assert_same(together, alone)
+    assert_same(together[:4], fewer)
+    first, second, other_seed = (np.concatenate([a.ravel() for _, a in d]) for d in (fewer[0], fewer[1], reseeded[0]))
+    assert not np.array_equal(first, second) and not np.array_equal(first, other_seed)
+
+
+def write_wildly(model, seq_length):
+    prompts = [[text(*range(i % 7))] for i in range(60)]
+    documents = generate(model, prompts, "interleaved", WILD)
+    lengths = [sum(len(s.ids) if isinstance(s, TextSegment) else 18 for s in d) for d in documents]
+    new = [sum(len(s.ids) for s in d if isinstance(s, TextSegment)) for d in documents]
+    assert all(1 + i % 7 + length <= seq_length for i, length in enumerate(lengths))
+    assert max(new) <= WILD.max_new_tokens
+    return plain(documents)
+
+
+@pytest.mark.parametrize("family", ["transfusion", "chameleon"])
+def test_interleaved_grammar(family, folder):
+    documents = with_model(write_wildly, config_for(family, folder), 96)
+    kinds = [[kind for kind, _ in document] for document in documents]
+    assert any("ImageSegment" in k[:-1] for k in kinds), "no text follows an image: choose another seed"
+    for document in documents:
+        for kind, array in document:
+            if kind == "TextSegment":
+                assert array.size and array.min() >= 0 and array.max() < 256
+            elif family == "chameleon":
+                assert array.shape == (4, 4) and array.min() >= 0 and array.max() < 16
+            else:
+                assert array.shape == (1, 8, 8) and np.isfinite(array).all() and np.abs(array).max() <= 1
+        texts = [kind == "TextSegment" for kind, _ in document]
+        assert not any(a and b for a, b in zip(texts, texts[1:], strict=False)), "text in two segments"
+
+
+def next_by_room(model):
+    sampler = SAMPLERS[model.family.name](model, [], "interleaved", WILD, print)
+    row = Row(0, Request(Sample(0, "", ()), Streams(0, 0, 0)))
+    sampler.decoder = Decoder(model, 1, 96)
+    kinds = []
+    for room in (18, 17):
+        sampler.decoder.lengths[0] = 96 - room
+        kinds.append(sampler.after_text(row))
+    return kinds
+
+
+def test_image_needs_room_for_boi_and_eoi(folder):
+    assert with_model(next_by_room, config_for("chameleon", folder)) == [Next.TEXT_OR_IMAGE, Next.TEXT]
+
+
+def fills_the_context(model):
+    """Prompts that leave exactly 18 positions (an image, BOI, EOI) or 1."""
+    settings = SamplingConfig(steps=2, temperature=0, cfg_scale=2.0, max_new_tokens=500)
+    long = [[text(*([65] * n))] for n in (96 - 1 - 17, 40)]
+    assert [d[0].data.size for d in generate(model, long, "text_to_image", settings)] in ([64, 64], [16, 16])
+    for mode in ("image_to_text", "interleaved"):
+        for n in (94, 60):
+            written = generate(model, [[text(*([65] * n))]], mode, settings)[0]
+            assert sum(len(s.ids) if isinstance(s, TextSegment) else 18 for s in written) <= 96 - 1 - n
+    with pytest.raises(ValueError, match="Prompt 2 takes 81 positions and leaves no room for an image"):
+        generate(model, [[text(1)], [text(*([65] * 79))]], "text_to_image", settings)
+    with pytest.raises(ValueError, match="Prompt 1 takes 96 positions and leaves no room for text"):
+        generate(model, [[text(*([65] * 95))]], "image_to_text", settings)
+    with pytest.raises(ValueError, match="mode=banana is unknown"):
+        generate(model, [[text(1)]], "banana", settings)
+    with pytest.raises(ValueError, match="Prompt 1' has an image of"):
+        generate(model, [[ImageSegment(np.zeros((3, 5, 5), np.float32))]], "image_to_text", settings)
+
+
+@pytest.mark.parametrize("family", ["transfusion", "chameleon"])
+def test_full_context(family, folder):
+    with_model(fills_the_context, config_for(family, folder))
+
+
+def at_once(model, sample):
+    """Logits [n, V] at every position of a finished document, by one pass without cache; its tokens."""
+    document = model.family.lay_out_prompt(sample)
+    fields = {name: model.family.fields[name] for name in document.fields}
+    batch = pack([[document]], len(document.tokens), fields, model.family.vocab.pad, [[0]])
+    stage = model.stage
+    with torch.inference_mode():
+        hidden = stage.hidden(batch.to("cpu", stage.config.params_dtype))
+        return stage.back.logits(hidden.transpose(0, 1))[0].float(), document.tokens
+
+
+def replay(model):
+    """Every token of interleaved documents is the one that the whole document's logits and the row's draws give."""
+    vocab, images = model.family.vocab, 0
+    for ordinal, written in enumerate(generate(model, [[text(7, 8, 9)]] * 24, "interleaved", WILD)):
+        logits, tokens = at_once(model, Sample(0, "", (text(7, 8, 9), *written)))
+        allowed = grammar(vocab, logits.shape[1], logits.device)
+        draws, codes = Streams(WILD.seed, ordinal, 0).generator("text"), None
+        new = 0
+        for position in range(4, len(tokens)):
+            token = int(tokens[position])
+            kind = Next.TEXT_OR_IMAGE if 96 - position >= 18 else Next.TEXT
+            if codes is not None:
+                kind = Next.CODE if codes < 16 else Next.EOI
+                codes = None if kind == Next.EOI else codes + 1
+                if vocab.image_codes == 0:
+                    continue  # patches and EOI are not drawn
+            elif token == vocab.boi:
+                codes, images = 0, images + 1
+            else:
+                new += 1
+            uniform = torch.tensor([draws.random()], dtype=torch.float64)
+            assert choose(logits[position - 1 : position], allowed[kind, None], uniform, 20.0, 1.0).item() == token
+        if len(tokens) < 96 and new < WILD.max_new_tokens:
+            uniform = torch.tensor([draws.random()], dtype=torch.float64)
+            kind = Next.TEXT_OR_IMAGE if 96 - len(tokens) >= 18 else Next.TEXT
+            assert choose(logits[-1:], allowed[kind, None], uniform, 20.0, 1.0).item() == vocab.eos
+    return images
+
+
+@pytest.mark.parametrize("family", ["transfusion", "chameleon"])
+def test_interleaved_equals_replay_without_cache(family, folder):
+    assert with_model(replay, config_for(family, folder, *FP64)) >= 2, "too few images to show anything"
+
+
+def guided_image(model):
+    """(generated, DDIM over whole sequences without cache), guided with a scale of 2.5."""
+    family, stage, settings = model.family, model.stage, SamplingConfig(steps=5, cfg_scale=2.5, seed=3)
+    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
+    documents = [family.lay_out_prompt(Sample(0, "", (*prompt, generated))) for prompt in ([text(1, 2, 3)], [])]
+    fields = {name: family.fields[name] for name in documents[0].fields}
+    noise = Streams(3, 0, 0).generator("image", 0).standard_normal((1, 8, 8), dtype=np.float32)
+    x = torch.from_numpy(patchify(noise, 2))
+    timesteps = family.schedule.timesteps(5)
+    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        eps = []
+        for document in documents:
+            (first, h, w), n = document.images[0], len(document.tokens)
+            batch = pack([[document]], n, fields, family.vocab.pad, [[0]])
+            batch.fields["patches"][0, first : first + h * w] = x
+            batch.fields["timestep"][0, first : first + h * w] = t
+            batch = batch.to("cpu", stage.config.params_dtype)
+            with torch.inference_mode():
+                out = stage.back.predict_noise(stage.hidden(batch).transpose(0, 1), batch)
+            eps.append(out[0, first : first + h * w].float())
+        x = family.schedule.step(x, eps[1] + 2.5 * (eps[0] - eps[1]), t, t_prev, clip=1.0)
+    return generated.data, unpatchify(x.numpy(), 4, 4, 2)
+
+
+@pytest.mark.parametrize("family", ["transfusion", "transfusion_unet"])
+def test_guided_diffusion_equals_loop_without_cache(family, folder):
+    ours, plain_loop = with_model(guided_image, config_for(family, folder, *FP64))
+    assert 0.1 < np.abs(ours).mean() and (np.abs(ours) < 1).mean() > 0.2  # neither empty nor all clipped
+    np.testing.assert_allclose(ours, plain_loop, rtol=0, atol=1e-5)
+
+
+def guided_codes(model):
+    """Generated codes, and those that guided logits of whole sequences give."""
+    settings = SamplingConfig(cfg_scale=2.5, temperature=0.9, top_p=0.8)
+    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
+    conditional, _ = at_once(model, Sample(0, "", (text(1, 2, 3), generated)))
+    unconditional, _ = at_once(model, Sample(0, "", (generated,)))
+    u = unconditional[1:17]  # behind BOS comes BOI, whose logits are the first code's
+    logits = u + 2.5 * (conditional[4:20] - u)
+    allowed = grammar(model.family.vocab, logits.shape[1], logits.device)[Next.CODE].expand(16, -1)
+    draws = torch.tensor(Streams(0, 0, 0).generator("text").random(16))
+    expected = choose(logits, allowed, draws, 0.9, 0.8) - model.family.vocab.image_start
+    return generated.data.ravel().tolist(), expected.tolist()
+
+
+def test_guided_codes_equal_plain_logits(folder):
+    ours, expected = with_model(guided_codes, config_for("chameleon", folder, *FP64))
+    assert ours == expected and len(set(ours)) > 3

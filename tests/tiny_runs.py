@@ -1,0 +1,90 @@
+"""A small real dataset of pictures and text, and runs of tiny models of both families on it."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from distributed import run_ranks
+from PIL import Image
+
+from megatron_mm.config.compose import compose
+from megatron_mm.config.validate import validate
+from megatron_mm.data.codebook import fit_patch_codebook
+from megatron_mm.data.shards import Record, write_shards
+from megatron_mm.parallel.distributed import process_groups
+from megatron_mm.train import StopSignal, train
+
+FAMILIES = ("transfusion", "chameleon")
+SIDE = 8
+COMMON = [
+    "run.name=test",
+    "data.seq_length=96",
+    "data.window=32",
+    "train.train_iters=20",
+    "train.global_batch_size=4",
+    "optim.lr=1e-3",
+    "optim.lr_warmup_iters=2",
+    "model.trunk.num_layers=4",
+    "model.trunk.hidden_size=32",
+    "model.trunk.num_attention_heads=4",
+    "model.trunk.num_query_groups=2",
+    "model.trunk.ffn_hidden_size=64",
+    "model.trunk.hidden_dropout=0.1",
+    "model.trunk.qk_layernorm=true",
+    "model.condition_dropout=0.1",
+    "logging.log_interval=1000",
+    "logging.wandb=disabled",
+]
+MODEL = {
+    "transfusion": [
+        "model=transfusion_tiny",
+        f"model.image={{channels: 1, height: {SIDE}, width: {SIDE}}}",
+        "model.patch_size=2",
+    ],
+    "chameleon": [
+        "model=chameleon_tiny",
+        "model.image={channels: 1, height: 4, width: 4}",
+        "model.image_codes=16",
+        "model.trunk.norm_placement=swin",
+        "data.image_tokenizer={folder}/codebook.npz",
+    ],
+}
+MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
+
+
+def picture(rng: np.random.Generator) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), dtype=np.uint8), "L")
+
+
+def make_shards(folder: Path) -> None:
+    """Pairs, captions of many lengths, interleaved documents and plain text, in two shards, and a codebook."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(60):
+        caption = "a picture of " + "x" * int(rng.integers(0, 20))
+        kinds = [(caption, picture(rng)), (caption, picture(rng), "then", picture(rng)), (caption * 2,)]
+        records.append(Record(f"{i:06d}", kinds[i % 3 if i % 5 else 0]))
+    write_shards(folder / "train", records, samples_per_shard=40)
+    pictures = [picture(rng) for _ in range(20)]
+    fit_patch_codebook(pictures, 16, 2, 1, SIDE, SIDE, 0).save(folder / "codebook.npz")
+
+
+def overrides_for(family: str, shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+    own = [line.replace("{folder}", str(shards)) for line in MODEL[family]]
+    return [*own, *COMMON, f"data.path={shards}/train", f"run.dir={run_dir}", "checkpoint.save=null", *overrides]
+
+
+def run_training(overrides: list[str], world_size: int = 1) -> list[dict]:
+    """The steps of a run, as rank 0 reports them; every rank must report the same."""
+    config = compose(overrides)
+    validate(config, world_size)
+    ranks = run_ranks(_train, world_size, config)
+    assert all(rank == ranks[0] for rank in ranks), "the ranks disagree on the metrics"
+    return ranks[0]
+
+
+def _train(init_kwargs: dict, config) -> list[dict]:
+    device = torch.device("cpu")
+    with process_groups(config.parallel, config.train.seed, device, **init_kwargs) as layout:
+        return [asdict(step) for step in train(config, layout, device, StopSignal())]
