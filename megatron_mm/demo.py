@@ -2,7 +2,7 @@
 
 A classifier trained here on the real images judges the generated ones; generated captions are compared with the right
 ones, letter by letter; all on held-out images. Writes samples.png, mask.png, loss.png and summary.json into the run's
-folder. The same checkpoint gives the same figures.
+folder. The same checkpoint gives the same figures. Takes under a minute on a CPU.
 """
 
 from __future__ import annotations
@@ -11,48 +11,47 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from megatron_mm.config.arguments import parse_arguments
 from megatron_mm.config.cli import user_errors
-from megatron_mm.config.compose import Config, ConfigError
+from megatron_mm.config.compose import Config
 from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.data.dataset import open_data
 from megatron_mm.data.files import replacing
-from megatron_mm.data.image_codec import PixelCodec
 from megatron_mm.data.loader import StepLoader
 from megatron_mm.engines.checkpoint import resolve
-from megatron_mm.report.accuracy import Captioned, Drawn, draw, name, of_each_class, read_pairs, score
+from megatron_mm.report.accuracy import draw_images, score, write_captions
 from megatron_mm.report.classifier import train_classifier
 from megatron_mm.report.metrics import read_metrics
+from megatron_mm.report.pairs import images_of, labels_of, mnist_splits, of_each_class, pixel_codec, read_pairs
 from megatron_mm.report.plots import plot_losses, plot_mask
-from megatron_mm.report.samples import Section, Tile, draw_sheet
+from megatron_mm.report.samples import samples_sections, write_document
+from megatron_mm.report.sheet import draw_sheet
 from megatron_mm.report.summary import Score, describe, training_summary
 from megatron_mm.run_folder import read_run_config
-from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.model import SamplingModel
-from megatron_mm.types import ImageSegment, TextSegment
-
 
 @dataclass(frozen=True)
 class DemoConfig:
     run: str = "runs/demo"
     """Folder of the run."""
-    drawn_per_class: int = 20
-    """Images to generate for each class."""
-    named: int = 500
+    images_per_class: int = 20
+    """Images to generate for each class's caption."""
+    captions: int = 500
     """Held-out images to generate captions for."""
     start: str = "three"
     """Text that the interleaved document starts with."""
-    steps: int = 50
+    steps: int = 25
     """Denoising steps of an image (diffusion families)."""
     classifier_images: int = 8000
     """Real images to train the classifier on."""
+    classifier_tests: int = 2000
+    """Held-out real images to test it on."""
     seed: int = 0
 
 
@@ -60,9 +59,65 @@ def main(arguments: Sequence[str]) -> None:
     config = parse_arguments(DemoConfig(), arguments)
     folder = Path(config.run)
     run = read_run_config(folder)
-    checkpoint = resolve(run.checkpoint.save or folder / "checkpoints")
-    splits = _mnist_splits(run)
+    inside = folder / "checkpoints"  # first of all, since the run may have been moved
+    checkpoint = resolve(inside if inside.is_dir() else run.checkpoint.save or inside)
+    train_split, val_split = mnist_splits(run)
     rows = read_metrics(folder / "metrics.jsonl")
     console = Console()
-    with SamplingModel.load(checkpoint) as model, console.status("") as status:
-        ...
+    with SamplingModel.load(checkpoint) as model, console.status("reading held-out images") as status:
+        pixels = pixel_codec(model.codec)
+        held_out = read_pairs(
+            val_split, model.tokenizer, pixels, max(config.captions, config.classifier_tests), config.seed
+        )
+        status.update("training a classifier on real images")
+        real = read_pairs(train_split, model.tokenizer, pixels, config.classifier_images, config.seed)
+        classifier = train_classifier(images_of(real), labels_of(real), config.seed)
+        began = time.perf_counter()
+        status.update("drawing captions")
+        settings = SamplingConfig(seed=config.seed, steps=config.steps, batch_size=100)
+        drawn = draw_images(model, of_each_class(held_out, config.images_per_class), classifier, settings)
+        status.update("captioning images")
+        greedy = SamplingConfig(seed=config.seed, temperature=0.0, max_new_tokens=32, batch_size=100)
+        captioned = write_captions(model, held_out[: config.captions], greedy)
+        status.update("writing a document")
+        document = write_document(model, config.start, settings)
+        seconds = time.perf_counter() - began
+        status.update("drawing pictures")
+        draw_sheet(samples_sections(drawn, captioned, document, config.start), folder / "samples.png")
+        _draw_mask(run, model, folder / "mask.png")
+        plot_losses(rows, folder / "loss.png")
+    tests = held_out[: config.classifier_tests]
+    right = int((classifier.classify(images_of(tests)) == labels_of(tests)).sum())
+    summary = {
+        "run": str(folder),
+        "checkpoint": str(checkpoint),
+        **training_summary(rows),
+        "generated_images": score(drawn).to_dict(),
+        "captions": score(captioned).to_dict(),
+        "classifier": Score(right, len(tests)).to_dict(),
+        "sampling_seconds": seconds,
+    }
+    with replacing(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    print(describe(summary, _sample_more(checkpoint.parent)))
+
+
+def _draw_mask(run: Config, model: SamplingModel, path: Path) -> None:
+    """The first pack of the run."""
+    plan, reader, _ = open_data(run.data, run.model.image, model.family, model.tokenizer, run.train.seed)
+    loader = StepLoader(plan, reader, model.family, run.data, run.train.seed, 1, 1, 0, 1)
+    (batch,) = next(loader).batches
+    loader.close()
+    plot_mask(batch.mask[0].numpy(), batch.images[:, 1:].numpy(), path)
+
+
+def _sample_more(checkpoints: Path) -> str:
+    python, here = Path(sys.executable), Path.cwd()
+    shown = python.relative_to(here) if python.is_relative_to(here) else "python"
+    return f'{shown} -m megatron_mm.generate checkpoint={checkpoints} prompt="a seven" num_samples=8 out=samples'
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # sums, and so the figures, would depend on the machine's number of cores
+    with user_errors():
+        main(sys.argv[1:])

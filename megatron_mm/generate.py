@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
@@ -24,26 +25,28 @@ from megatron_mm.types import ImageSegment, Segment, TextSegment
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Generates, writes and prints what the command line asks for.
+
+    Raises:
+        ValueError: anything that a user can mend, before the model is loaded where that can be known.
+    """
     config = parse(arguments)
     picture = _open_image(config.image) if config.image else None
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={out} is no folder: choose another name.")
     with SamplingModel.load(config.checkpoint) as model:
         image = [ImageSegment(model.codec.encode(picture))] if picture else []
-        texts = config.prompt or (None,)
-        prompts = [[*image, *([] if text is None else [TextSegment(model.tokenizer.encode(text))])] for text in texts]
-        documents = _generate(model, prompts, config)
-        lines = []
-        for number, segments in enumerate(documents):
-            prompt, sample = divmod(number, config.num_samples)
-            name = f"{prompt:04d}_{sample:02d}"
-            parts = [_write(model, segment, out, f"{name}_{i:02d}.png") for i, segment in enumerate(segments)]
-            lines.append({"prompt": texts[prompt], "image": config.image, "sample": sample, "segments": parts})
+        texts = [TextSegment(model.tokenizer.encode(text)) for text in config.prompt]
+        documents = _generate(model, [[*image, text] for text in texts] or [image], config)
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [_write(model, segments, config, number) for number, segments in enumerate(documents)]
     with replacing(out / "samples.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for line in lines:
-        shown = [part.get("text") or str(out / part["image"]) for part in line["segments"]]
-        print(f"{line['prompt'] or line['image']!s} -> {' '.join(shown)}")
+        # Quoted: generated text may hold anything, control characters included.
+        shown = [repr(s["text"]) if "text" in s else str(out / s["image"]) for s in line["segments"]]
+        print(line["prompt"] or line["image"], "->", *shown)
 
 
 def _generate(model: SamplingModel, prompts: list[list[Segment]], config: GenerateConfig) -> list[list[Segment]]:
@@ -65,13 +68,20 @@ def _open_image(path: str) -> Image.Image:
         raise ValueError(f"image={path} cannot be read as a picture: {error}.") from error
 
 
-def _write(model: SamplingModel, segment: Segment, out: Path, name: str) -> dict[str, str]:
-    """The segment for samples.jsonl; an image becomes the file `name`."""
-    if isinstance(segment, TextSegment):
-        return {"text": model.tokenizer.decode(segment.ids)}
-    pixels = model.codec.decode(segment.data)
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(out / name)
-    return {"image": name}
+def _write(model: SamplingModel, segments: list[Segment], config: GenerateConfig, number: int) -> dict[str, Any]:
+    """Document `number` as a line of samples.jsonl; its images become files."""
+    prompt, sample = divmod(number, config.num_samples)
+    parts = []
+    for i, segment in enumerate(segments):
+        if isinstance(segment, TextSegment):
+            parts.append({"text": model.tokenizer.decode(segment.ids)})
+        else:
+            pixels = model.codec.decode(segment.data)
+            name = f"{prompt:04d}_{sample:02d}_{i:02d}.png"
+            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(Path(config.out, name))
+            parts.append({"image": name})
+    text = config.prompt[prompt] if config.prompt else None
+    return {"prompt": text, "image": config.image, "sample": sample, "segments": parts}
 
 
 if __name__ == "__main__":

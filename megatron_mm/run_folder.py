@@ -23,7 +23,7 @@ def open_run_folder(config: Config) -> bool:
     """Makes run.dir ready as run.if_exists says. Returns whether an earlier run there is to be continued.
 
     Raises:
-        ConfigError: there is a run already and nothing says what to do with it, or it is another run than this config's.
+        ConfigError: there is a run already and nothing says what to do with it, or it is not this config's.
     """
     folder = Path(config.run.dir)
     saved = folder / "config.yaml"
@@ -74,8 +74,8 @@ def _refuse_other_run(new: Config, old: Config, folder: Path) -> None:
         if before != now:
             key, before, now = _first_difference(key, before, now)
             raise ConfigError(
-                f"run.dir={folder} was started with {key}={before}, now it is {now}: resume with the old value, or give "
-                "the new run another run.name (checkpoint.load=... starts it from these weights)."
+                f"run.dir={folder} was started with {key}={before}, now it is {now}: resume with the old value, or "
+                "give the new run another run.name (checkpoint.load=... starts it from these weights)."
             )
 
 

@@ -29,7 +29,7 @@ from megatron_mm.parallel.distributed import agree, on_first_rank, pick_device, 
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
-from megatron_mm.report.plots import plot_losses, plot_mask
+from megatron_mm.report.plots import plot_losses
 from megatron_mm.run_folder import open_run_folder
 
 
@@ -150,6 +150,7 @@ def _row(config, family, layout, device, iteration: int, step: Step, metrics: St
         **{f"count/{name}": value for name, value in metrics.counts.items()},
         "grad_norm": metrics.grad_norm,
         "learning_rate": metrics.learning_rate,
+        "iteration_seconds": seconds,
         "tokens_per_second_per_gpu": metrics.tokens / seconds / layout.world_size,
         "mfu": mfu,
         "skipped": int(metrics.skipped),

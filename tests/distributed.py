@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -47,5 +48,9 @@ def _rank_main(fn, rank: int, world_size: int, folder: str, args: tuple) -> None
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
         Path(folder, f"error{rank}").write_text(traceback.format_exc())
-        os._exit(1)
-    os._exit(0)
+    finally:
+        # megatron-core's checkpoint writer leaves a manager process behind when its parent does not exit by the book.
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        failed = Path(folder, f"error{rank}").exists()
+        os._exit(int(failed))

@@ -1,4 +1,4 @@
-"""Sampling models of random weights, tiny, each in a process of its own (megatron-core's CPU mode stays with a process)."""
+"""Tiny sampling models of random weights, each in a process of its own, which megatron-core's CPU mode stays with."""
 
 from pathlib import Path
 

@@ -47,6 +47,7 @@ def with_values(default: T, given: dict[str, str]) -> T:
 def read_yaml(key: str, text: str) -> Any:
     """The value that `text` has on Hydra's command line."""
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return values["value"]
     except YAMLError as error:
         raise ConfigError(f"{key}={text} cannot be read: {str(error).splitlines()[0]}; put texts in quotes.") from error

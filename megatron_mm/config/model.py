@@ -66,8 +66,6 @@ class TransfusionConfig:
     """`unet` has down and up blocks."""
     unet_channels: int = 64
     """Channels of the first U-Net block; doubled at every halving."""
-    patch_position_embedding: bool = False
-    """Adds a learned embedding of each patch's place in its image; the paper leaves places to RoPE alone."""
     ddpm_weight: float = 5.0
     num_train_timesteps: int = 1000
     caption_first: float = 0.8

@@ -119,6 +119,8 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     ):
         yield size % tp > 0, f"model.trunk.{name}={size} must be a multiple of {tp_key}; change one of the two."
 
+    yield 128 % tp > 0, f"{tp_key} must divide 128, the multiple that vocabularies are padded to; use a power of two."
+
     yield (
         parallel.sequence_parallel and tp == 1,
         f"parallel.sequence_parallel=true cuts the sequence over tensor ranks and needs more than {tp_key}; raise "

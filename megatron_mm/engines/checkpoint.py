@@ -143,6 +143,8 @@ class Checkpointer:
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
         model = _model_state(self.engine.models)
+        for part in self.engine.optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer, part.config)  # before the first step there are no moments to save
         return {
             "model": model,
             "optimizer": self.engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA),
@@ -152,17 +154,18 @@ class Checkpointer:
 
     def _prepare(self, path: Path) -> str | None:
         """Clears the place and looks for room before anything is written. Returns what is wrong, if anything."""
-        try:
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            free = shutil.disk_usage(path).free
-        except OSError as error:
-            return f"{error.strerror} ({error.filename})"
         # Weights, fp32 master weights and two moments, counted for this rank's share times the world.
         need = sum(p.numel() * (p.element_size() + 12) for m in self.engine.models for p in m.parameters())
         need *= self.engine.layout.tp_size * self.engine.layout.pp_size
-        if free < need:
-            return f"No space left on device: about {need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < need:
+                return f"No space left on device: about {need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+            path.mkdir()
+        except OSError as error:
+            return f"{error.strerror} ({error.filename})"
         return None
 
     def _fail_together(self, problem: str | None, path: Path) -> None:

@@ -155,27 +155,11 @@ class TransfusionFront(nn.Module):
             if config.patch_codec == "linear"
             else UNetPatchIn(config.image.channels, config.patch_size, hidden, config.unet_channels)
         )
-        self.positions = None
-        if config.patch_position_embedding:
-            grid = config.image.height * config.image.width // config.patch_size**2
-            self.positions = nn.Parameter(torch.empty(grid, hidden))
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         timestep = batch.fields["timestep"]
         image = self.patch_in(batch.fields["patches"], timestep, batch.images)
-        if self.positions is not None:
-            image = image + self._positions(batch)
         return torch.where((timestep != NO_PATCH)[..., None], image, self.embedding(batch.tokens))
-
-
-    def _positions(self, batch: PackedBatch) -> torch.Tensor:
-        """The embedding of each patch's place in its image [B, S, D], zero elsewhere."""
-        rows, length = batch.tokens.shape
-        first = batch.images[:, 0] * length + batch.images[:, 1]
-        places = torch.arange(len(self.positions), device=first.device)
-        out = self.positions.new_zeros(rows * length, self.positions.shape[1])
-        index = (first[:, None] + places).flatten().long()
-        return out.index_copy(0, index, self.positions.repeat(len(first), 1)).view(rows, length, -1)
 
 
 class TransfusionBack(nn.Module):

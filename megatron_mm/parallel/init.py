@@ -10,8 +10,7 @@ import hashlib
 import math
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import nn
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_mm.parallel.model import StageModel
 
@@ -25,26 +24,20 @@ def initialize(model: StageModel, seed: int) -> None:
     std is the parameter's `init_std` where it has one (None: keep as built), else the trunk's init_method_std, divided
     by sqrt(2 * layers) for the layers' outputs, as in Megatron-LM.
     """
-    config = model.config
-    parameters = {id(p): p for p in model.parameters()}
-    named = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, entry in model.sharded_state_dict().items():
-        shards = [entry]
-        if isinstance(entry, ShardedTensorFactory):
-            shards = entry.build()
-            shards = list(shards.values()) if isinstance(shards, dict) else shards
-        for ordinal, shard in enumerate(shards):
-            if not isinstance(shard, ShardedTensor) or len(shard.global_shape) < 2:
-                continue
-            owner = parameters.get(id(entry.data)) if isinstance(entry.data, nn.Parameter) else named.get(name)
-            std = getattr(owner, "init_std", config.init_method_std)
-            if std is None:
-                continue
-            if name.endswith(_RESIDUAL_OUTPUTS):
-                std = std / math.sqrt(2 * config.num_layers)
-            whole = _normal(f"{seed}/{shard.key}/{ordinal}", shard.global_shape)
-            index = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
-            shard.data.copy_(whole[index] * std)
+        std = getattr(parameters[name], "init_std", model.config.init_method_std)
+        if std is None:
+            continue
+        if name.endswith(_RESIDUAL_OUTPUTS):
+            std = std / math.sqrt(2 * model.config.num_layers)
+        # The two halves of a gated layer are two shards of one matrix.
+        shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for shard in shards:
+            if len(shard.global_shape) > 1:
+                whole = _normal(f"{seed}/{shard.key}", shard.global_shape)
+                place = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
+                shard.data.copy_(whole[place] * std)
 
 
 def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A judge of generated images: a small convolutional classifier, trained on the spot on real images of a prepared split.
+"""A judge of generated images: a small convolutional classifier, trained on the spot on real ones.
 
 It never sees a generated image, and its own accuracy on held-out real ones bounds what it can say.
 """

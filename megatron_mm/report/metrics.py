@@ -105,7 +105,7 @@ def _start_wandb(config: LoggingConfig, run_config: dict, name: str, folder: Pat
         if config.wandb == "offline":
             return None
         raise ValueError(
-            "logging.wandb=online needs the wandb package: pip install megatron_mm[wandb], or set logging.wandb=offline."
+            "logging.wandb=online needs the wandb package: pip install megatron_mm[wandb], or use wandb=offline."
         )
     import wandb  # optional, and slow to import
 

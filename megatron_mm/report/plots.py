@@ -13,19 +13,24 @@ from megatron_mm.mask import dense
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.colors import ListedColormap  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+
+TEXT, IMAGE = "tab:blue", "tab:orange"
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """loss.png: each loss term over the iterations, raw and smoothed (exponential, half-life 1/40 of the run)."""
+    """loss.png: each loss term over the iterations, raw and smoothed (mean over 1/40 of the run)."""
     names = [key for key in rows[0] if key.startswith("loss/")]
     iterations = [row["iteration"] for row in rows]
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=True):
         values = np.array([row[name] for row in rows], dtype=float)
         axis.plot(iterations, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axis.plot(iterations, _smooth(values, max(len(values) / 40, 1)), color="tab:blue", linewidth=1.6)
+        axis.plot(iterations, _smooth(values, len(values) // 80), color="tab:blue", linewidth=1.6)
         axis.set(title=name, xlabel="iteration", yscale="log" if (values > 0).all() else "linear")
-        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -40,18 +45,23 @@ def plot_mask(mask: np.ndarray, images: np.ndarray, path: Path) -> None:
         span = slice(first, first + height * width)
         picture[span, span] *= 2
     figure, axis = plt.subplots(figsize=(7, 7), layout="constrained")
-    axis.imshow(picture, cmap=ListedColormap(["white", "tab:blue", "tab:orange"]), interpolation="nearest")
-    axis.set(
-        xlabel="key", ylabel="query", title="one pack: text (blue) is causal, an image (orange) sees itself whole"
+    axis.imshow(picture, cmap=ListedColormap(["white", TEXT, IMAGE]), vmin=0, vmax=2, interpolation="nearest")
+    axis.set(xlabel="key", ylabel="query", title="which keys the queries of one pack see")
+    axis.legend(
+        handles=[
+            Patch(color=IMAGE, label="an image, within itself"),
+            Patch(color=TEXT, label="all else"),
+        ],
+        loc="upper right",
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    decay = 0.5 ** (1 / half_life)
-    smoothed, weight, out = 0.0, 0.0, []
-    for value in values:
-        smoothed, weight = decay * smoothed + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(smoothed / weight)
-    return np.array(out)
+def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """The mean of each value and the `reach` before and after it, or as many as there are."""
+    total = np.concatenate([[0.0], values.cumsum()])
+    place = np.arange(len(values))
+    first, end = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
+    mean: np.ndarray = (total[end] - total[first]) / (end - first)
+    return mean

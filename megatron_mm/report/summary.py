@@ -43,9 +43,11 @@ def training_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def describe(summary: Mapping[str, Any]) -> str:
-    """The summary in a few lines for the console."""
-    score = {key: Score(summary[key]["right"], summary[key]["of"]) for key in ("generated_images", "captions", "classifier")}
+def describe(summary: Mapping[str, Any], sample_more: str) -> str:
+    """The summary in a few lines for the console; `sample_more` is the command that goes on from here."""
+    drawn, captions, classifier = (
+        Score(summary[key]["right"], summary[key]["of"]) for key in ("generated_images", "captions", "classifier")
+    )
     minutes, seconds = divmod(round(summary["training_seconds"]), 60)
     lines = [
         f"{summary['run']}: {summary['iterations']} iterations in {minutes} min {seconds} s",
@@ -54,10 +56,10 @@ def describe(summary: Mapping[str, Any]) -> str:
             for name, loss in summary["losses"].items()
             if name != "loss"
         ),
-        f"{'generated images recognised':<28}{score['generated_images']}  (by a classifier that recognises "
-        f"{100 * score['classifier'].accuracy:.1f} % of real ones)",
-        f"{'captions right':<28}{score['captions']}",
+        f"{'generated images recognised':<28}{drawn}  (by a classifier that recognises "
+        f"{100 * classifier.accuracy:.1f} % of real ones)",
+        f"{'captions right':<28}{captions}",
         f"{'pictures':<28}samples.png, mask.png, loss.png in {summary['run']}; all figures in summary.json",
-        f"{'sample more':<28}{summary['sample_more']}",
+        f"{'sample more':<28}{sample_more}",
     ]
     return "\n  ".join(lines)
