@@ -28,13 +28,14 @@ from megatron_mm.engines.checkpoint import resolve
 from megatron_mm.report.accuracy import draw_images, score, write_captions
 from megatron_mm.report.classifier import train_classifier
 from megatron_mm.report.metrics import read_metrics
-from megatron_mm.report.pairs import images_of, labels_of, mnist_splits, of_each_class, pixel_codec, read_pairs
+from megatron_mm.report.pairs import images_of, labels_of, mnist_splits, of_each_class, read_pairs
 from megatron_mm.report.plots import plot_losses, plot_mask
 from megatron_mm.report.samples import samples_sections, write_document
 from megatron_mm.report.sheet import draw_sheet
 from megatron_mm.report.summary import Score, describe, training_summary
 from megatron_mm.run_folder import read_run_config
 from megatron_mm.sampling.model import SamplingModel
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = read_metrics(folder / "metrics.jsonl")
     console = Console()
     with SamplingModel.load(checkpoint) as model, console.status("reading held-out images") as status:
-        pixels = pixel_codec(model.codec)
+        pixels = model.codec.pixels
         held_out = read_pairs(
             val_split, model.tokenizer, pixels, max(config.captions, config.classifier_tests), config.seed
         )

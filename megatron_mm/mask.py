@@ -85,7 +85,8 @@ def dense(mask: np.ndarray) -> np.ndarray:
     lo, hi, until = mask
     position = np.arange(mask.shape[1])
     query, key = position[:, None], position[None, :]
-    return (lo[:, None] <= key) & (key < hi[:, None]) & (query < until[None, :])
+    allowed: np.ndarray = (lo[:, None] <= key) & (key < hi[:, None]) & (query < until[None, :])
+    return allowed
 
 
 def area(mask: np.ndarray) -> int:

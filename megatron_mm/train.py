@@ -5,7 +5,6 @@ This file only assembles: data, family, engine, checkpoints and metrics live in 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -92,9 +91,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     if layout.rank == 0:
         write_ledger(folder / "ledger.jsonl", ledger)
         run_config = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-        writer = MetricsWriter(
-            folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters
-        )
+        writer = MetricsWriter(folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters)
         _announce(writer, config, layout, device, plan, ledger, iteration)
     extra = {"config": to_yaml(config)}
     steps, saved = [], iteration

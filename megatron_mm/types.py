@@ -24,7 +24,7 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """An image: float32 pixels or latents [C, H, W] (pixels in [-1, 1]), or integer codes [h, w] of an image tokenizer."""
+    """An image: float32 pixels (in [-1, 1]) or latents [C, H, W], or integer codes [h, w] of an image tokenizer."""
 
     data: np.ndarray
 

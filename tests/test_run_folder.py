@@ -97,6 +97,12 @@ def test_resume_allows_and_records_what_changes_no_number(folder, config, overri
     assert saved(folder) == changed
 
 
+def test_a_run_may_grow_longer_where_its_decay_does_not_follow(tmp_path, config):
+    open_run_folder(config("error", "optim.lr_decay_iters=900"))
+    longer = config("resume", "optim.lr_decay_iters=900", "train.train_iters=2000")
+    assert open_run_folder(longer) is True and saved(tmp_path / "run").train.train_iters == 2000
+
+
 @pytest.mark.parametrize(
     "text", ["model: {family: transfusion, no_such_key: 1}", "model: {family: [", "run: ${nowhere}", ""]
 )

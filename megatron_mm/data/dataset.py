@@ -14,7 +14,8 @@ from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.files import replacing
-from megatron_mm.data.image_codec import ImageCodec, load_image_codec
+from megatron_mm.data.image_codec import ImageCodec
+from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.data.index import Index, build_index
 from megatron_mm.data.plan import Plan
 from megatron_mm.data.sample import SampleReader
@@ -92,7 +93,11 @@ def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
 def _check_codes(codec: ImageCodec, layout: Layout, data: DataConfig) -> None:
     expected = layout.vocab.image_codes
     if bool(codec.codes) != bool(expected):
-        reads, want = ("codes", "the path of a codebook (*.npz)") if expected else ("pixels", "'pixels'")
+        reads, want = (
+            ("codes", "the path of a codebook (*.npz)")
+            if expected
+            else ("pixels or latents", "'pixels' or the path of a VAE (*.pt)")
+        )
         raise ValueError(f"data.image_tokenizer={data.image_tokenizer}, but the model reads {reads}: set it to {want}.")
     if codec.codes > expected:
         raise ValueError(

@@ -13,8 +13,6 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from megatron_mm.config.model import ImageConfig
-from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.files import replacing
 
 MODES = {1: "L", 3: "RGB"}
@@ -22,9 +20,15 @@ MODES = {1: "L", 3: "RGB"}
 
 
 class ImageCodec(Protocol):
-    """`codes` is the number of image codes, 0 for a continuous codec."""
+    """`codes` is the number of image codes, 0 for a continuous codec; `limit` the largest magnitude that a continuous
+    codec's arrays take, as good as always, None for codes; `pixels` the codec of the pictures on its other side."""
 
-    codes: int
+    @property
+    def codes(self) -> int: ...
+    @property
+    def limit(self) -> float | None: ...
+    @property
+    def pixels(self) -> PixelCodec: ...
 
     def encode(self, image: Image.Image) -> np.ndarray:
         """float32 [C, H, W] in [-1, 1], or int64 codes [h, w]."""
@@ -43,11 +47,16 @@ class PixelCodec:
     """
 
     codes = 0
+    limit = 1.0
 
     def __init__(self, channels: int, height: int, width: int):
         if channels not in MODES:
             raise ValueError(f"model.image.channels={channels}: pixels have 1 (grey) or 3 (RGB) channels.")
         self.channels, self.height, self.width = channels, height, width
+
+    @property
+    def pixels(self) -> PixelCodec:
+        return self
 
     def encode(self, image: Image.Image) -> np.ndarray:
         if image.has_transparency_data:
@@ -72,13 +81,19 @@ class PatchVQCodec:
     channels x height x width pixels, so that codes are int64 [height / patch, width / patch].
     """
 
+    limit = None
+
     def __init__(self, codebook: np.ndarray, channels: int, height: int, width: int, patch: int):
         if height % patch or width % patch:
             raise ValueError(f"Images of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}.")
-        self.pixels = PixelCodec(channels, height, width)
+        self._pixels = PixelCodec(channels, height, width)
         self.codebook, self.patch = codebook, patch
         self.codes = len(codebook)
         self.grid = (height // patch, width // patch)
+
+    @property
+    def pixels(self) -> PixelCodec:
+        return self._pixels
 
     def encode(self, image: Image.Image) -> np.ndarray:
         patches = patchify(self.pixels.encode(image), self.patch)
@@ -125,21 +140,3 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
     channels, height, width = pixels.shape
     grid = pixels.reshape(channels, height // patch, patch, width // patch, patch)
     return grid.transpose(1, 3, 0, 2, 4).reshape(-1, channels * patch * patch)
-
-
-def load_image_codec(data: DataConfig, image: ImageConfig) -> ImageCodec:
-    """The codec that `data.image_tokenizer` names, checked against `model.image`.
-
-    Raises:
-        ValueError: no such codebook, or its code grid is not model.image.height x model.image.width.
-    """
-    if data.image_tokenizer == "pixels":
-        return PixelCodec(image.channels, image.height, image.width)
-    codec = PatchVQCodec.load(Path(data.image_tokenizer))
-    if codec.grid != (image.height, image.width):
-        raise ValueError(
-            f"data.image_tokenizer={data.image_tokenizer} makes {codec.grid[0]} x {codec.grid[1]} codes of an image, "
-            f"but the model expects {image.height} x {image.width}. "
-            f"Set model.image.height={codec.grid[0]} model.image.width={codec.grid[1]}."
-        )
-    return codec

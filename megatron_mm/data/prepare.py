@@ -1,7 +1,8 @@
 """Turns a corpus into shards: python -m megatron_mm.data.prepare {mnist,emoji,folder} --out DIR [options].
 
-Writes DIR/train and DIR/val, a patch codebook DIR/codebook.npz if the source fits one, and at last the card
-DIR/dataset.json (counts, options, licence). With the card in place a second call does nothing; `--force` starts over.
+Writes DIR/train and DIR/val, the image tokenizers that the source fits (DIR/codebook.npz, DIR/vae.pt), and at last
+the card DIR/dataset.json (counts, options, licence). With the card in place a second call does nothing; `--force`
+starts over.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_dataset(out: Path, source: Source, kind: str, options: dict[str, str]) -> None:
-    """Write the splits, the codebook and last the card, replacing what stood there."""
-    card_path, codebook_path = out / "dataset.json", out / "codebook.npz"
-    card_path.unlink(missing_ok=True)
-    codebook_path.unlink(missing_ok=True)
+    """Write the splits, the image tokenizers and last the card, replacing what stood there."""
+    card_path = out / "dataset.json"
+    tokenizers = {out / "codebook.npz": source.codebook, out / "vae.pt": source.vae}
+    for old in (card_path, *tokenizers):
+        old.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
     for split, records in source.splits.items():
@@ -61,8 +63,9 @@ def write_dataset(out: Path, source: Source, kind: str, options: dict[str, str])
         silent = not Console().is_terminal
         write_shards(out / split, _counted(track(records, f"{source.name}/{split}", disable=silent), tally))
         counts[split] = dict(tally)
-    if source.codebook:
-        source.codebook.save(codebook_path)
+    for path, tokenizer in tokenizers.items():
+        if tokenizer:
+            tokenizer.save(path)
     card = {
         "name": source.name,
         "kind": kind,

@@ -81,7 +81,9 @@ class MegatronEngine:
             DistributedDataParallel(core, ddp, model, disable_bucketing=number > 0)
             for number, model in enumerate(self.models)
         ]
-        core.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        core.finalize_model_grads_func = lambda chunks, num_tokens, **kwargs: finalize_model_grads(
+            chunks, None, **kwargs
+        )
         if parallel.overlap_grad_reduce:
             core.no_sync_func = [chunk.no_sync for chunk in self.chunks]
             core.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks]
@@ -114,7 +116,11 @@ class MegatronEngine:
 
         def loss_of(sums: torch.Tensor):
             # No count is returned here (it would rescale the gradients): `weights` holds the counts already.
-            return (sums.double() * weights).sum().to(sums.dtype), torch.ones((), dtype=torch.int, device=self.device), sums.detach()
+            return (
+                (sums.double() * weights).sum().to(sums.dtype),
+                torch.ones((), dtype=torch.int, device=self.device),
+                sums.detach(),
+            )
 
         def forward_step(iterator, chunk):
             batch = next(iterator).to(self.device, self.config.train.dtype)

@@ -28,7 +28,7 @@ class SpanAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **_unused
     ) -> torch.Tensor:
-        """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], attention_mask int32 [B, 5, S] -> [S, B, H/TP * Dh]."""
+        """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], mask int32 [B, 5, S] -> [S, B, H/TP * Dh]."""
         q, k, v = (t.transpose(0, 1) for t in (query, key, value))
         if self.cache is None:
             out = self.attend(q, k, v, attention_mask[:, :3])

@@ -1,4 +1,4 @@
-"""One pipeline stage: the family's front on the first, megatron-core's transformer block, the family's back on the last."""
+"""One pipeline stage: the family's front (on the first), megatron-core's transformer block, the family's back (last)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mm.config.compose import Config, ConfigError
-from megatron_mm.data.image_codec import ImageCodec, PatchVQCodec, PixelCodec
+from megatron_mm.data.image_codec import PixelCodec
 from megatron_mm.data.index import build_index
 from megatron_mm.data.plan import shuffled
 from megatron_mm.data.sample import SampleReader
@@ -74,14 +74,6 @@ def labels_of(pairs: Sequence[Pair]) -> np.ndarray:
 def read_text(tokenizer: Tokenizer, segments: Sequence[Segment]) -> str:
     """All text of a document, without its images."""
     return "".join(tokenizer.decode(segment.ids) for segment in segments if isinstance(segment, TextSegment))
-
-
-def pixel_codec(codec: ImageCodec) -> PixelCodec:
-    """Pixels of the size that `codec` works on."""
-    if isinstance(codec, PatchVQCodec):
-        return codec.pixels
-    assert isinstance(codec, PixelCodec)
-    return codec
 
 
 def first_image(segments: Sequence[Segment]) -> ImageSegment:

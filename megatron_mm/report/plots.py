@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.colors import ListedColormap  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 TEXT, IMAGE = "tab:blue", "tab:orange"
 
@@ -28,9 +29,11 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
         axis.plot(iterations, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         axis.plot(iterations, _smooth(values, len(values) // 80), color="tab:blue", linewidth=1.6)
         axis.set(title=name, xlabel="iteration", yscale="log" if (values > 0).all() else "linear")
+        if axis.get_yscale() == "log":
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+            axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

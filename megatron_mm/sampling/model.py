@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.compose import Config, from_dict_config
 from megatron_mm.config.schema import ParallelConfig
-from megatron_mm.data.image_codec import ImageCodec, load_image_codec
+from megatron_mm.data.image_codec import ImageCodec
+from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engines.checkpoint import CheckpointError, common_state, load_weights, resolve
 from megatron_mm.families.base import Family

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_mm.data.image_codec import PixelCodec
 from megatron_mm.families.transfusion import NO_PATCH
 from megatron_mm.nn.diffusion import guide
 from megatron_mm.nn.patch import patchify, unpatchify
@@ -61,11 +60,10 @@ class TransfusionSampler(Sampler):
         image, p = family.config.image, family.config.patch_size
         noise = [patchify(row.noise((image.channels, image.height, image.width)), p) for row in rows]
         x = torch.from_numpy(np.stack(noise)).to(self.model.device)
-        clip = 1.0 if isinstance(self.model.codec, PixelCodec) else None
         timesteps = family.schedule.timesteps(self.settings.steps)
         for number, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), 1):
             self.report(f"denoising, step {number} of {len(timesteps)}")
-            x = family.schedule.step(x, self._predict(rows, x, t), t, t_prev, clip)
+            x = family.schedule.step(x, self._predict(rows, x, t), t, t_prev, self.model.codec.limit)
         for row, patches in zip(rows, x.cpu().numpy(), strict=True):
             row.add_image(unpatchify(patches, h, w, p))
         return x

@@ -4,7 +4,8 @@ from PIL import Image
 
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig
-from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec, load_image_codec, patchify
+from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec, patchify
+from megatron_mm.data.image_codecs import load_image_codec
 
 
 def random_image(mode: str, height: int, width: int) -> Image.Image:

@@ -1,7 +1,7 @@
 """The promise: one run gives one loss curve under every layout, recompute setting and micro-batch size.
 
-fp32, 20 iterations, dropout on: every logged loss to 1e-5 relative and the grad norm to 1e-4. In fp64 rounding is out of
-the way and 1e-9 must hold, so that a real difference cannot hide behind fp32's.
+fp32, 20 iterations, dropout on: every logged loss to 1e-5 relative and the grad norm to 1e-4. In fp64 rounding is out
+of the way and 1e-9 must hold, so that a real difference cannot hide behind fp32's.
 """
 
 import pytest

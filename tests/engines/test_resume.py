@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL and resumed, under the same or another layout, gives the uninterrupted loss curve."""
+"""A run that is killed with SIGKILL and resumed, under the same or another layout, gives the uninterrupted curve."""
 
 import multiprocessing
 import os

@@ -48,9 +48,7 @@ def _decay(engine):
     before = {name: p.detach().clone() for name, p in engine.models[0].named_parameters()}
     engine.optimizer.zero_grad()
     assert clip_and_step(engine.optimizer) == (True, 0.0)
-    return {
-        name: float((p / before[name]).nan_to_num(1.0).mean()) for name, p in engine.models[0].named_parameters()
-    }
+    return {name: float((p / before[name]).nan_to_num(1.0).mean()) for name, p in engine.models[0].named_parameters()}
 
 
 @pytest.mark.parametrize("distributed", ["true", "false"])

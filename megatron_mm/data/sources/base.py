@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from megatron_mm.data.image_codec import PatchVQCodec
 from megatron_mm.data.shards import Record
+from megatron_mm.data.vae_codec import VAECodec
 
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus ready to be written: records of each split, where it comes from, and a codebook if one was fitted."""
+    """A corpus ready to be written: records of each split, where it comes from, and image tokenizers fitted to it."""
 
     name: str
     licence: str
@@ -19,3 +20,4 @@ class Source:
     attribution: str
     splits: Mapping[str, Iterable[Record]]
     codebook: PatchVQCodec | None = None
+    vae: VAECodec | None = None

@@ -18,10 +18,15 @@ from PIL import Image
 from megatron_mm.data.codebook import fit_patch_codebook
 from megatron_mm.data.shards import Record
 from megatron_mm.data.sources.base import Source
+from megatron_mm.data.vae_codec import VAEShape, fit_vae
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CODEBOOK_IMAGES = 5000
 """Training images whose patches the codebook is fitted to."""
+
+VAE_IMAGES = 20000
+HALVINGS = 3
+"""The VAE halves an image so often: 28 x 28 pixels become 4 x 4 latents."""
 
 
 def caption(label: int) -> str:
@@ -34,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interleaved", type=float, default=0.1, help="share of documents that count upwards")
     parser.add_argument("--codes", type=int, default=256, help="entries of the patch codebook")
     parser.add_argument("--patch", type=int, default=4, help="pixels on a side of the codebook's patches")
+    parser.add_argument("--latents", type=int, default=4, help="channels of the VAE's latents; 0 trains no VAE")
+    parser.add_argument("--vae-steps", type=int, default=1500, help="training steps of the VAE")
     parser.add_argument("--limit", type=int, default=None, help="use only so many training and so many test images")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -42,6 +49,7 @@ def load(args: argparse.Namespace) -> Source:
     train, valid, test = _read_package()
     images, labels = (np.concatenate(both)[: args.limit] for both in zip(train, valid, strict=True))
     pictures = _pictures(images, args.size)
+    vae = VAEShape(1, args.size, args.size, args.latents, HALVINGS)
     test_images, test_labels = (part[: args.limit] for part in test)
     return Source(
         name="mnist",
@@ -55,6 +63,7 @@ def load(args: argparse.Namespace) -> Source:
         codebook=fit_patch_codebook(
             pictures[:CODEBOOK_IMAGES], args.codes, args.patch, 1, args.size, args.size, args.seed
         ),
+        vae=fit_vae(pictures[:VAE_IMAGES], vae, args.seed, args.vae_steps) if args.latents else None,
     )
 
 
