@@ -37,11 +37,12 @@ class ConvVAE(nn.Module):
         return mean, log_variance.clamp(-8, 4)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images [N, C, height, width] in [-1, 1]."""
+        """Images [N, C, height, width], about in [-1, 1]: a squashed output would saturate on the background and learn
+        nothing more."""
         x = F.silu(self.decoder_in(latents))
         for size, conv in zip(self.sizes[-2::-1], self.decoder, strict=True):
             x = F.silu(conv(F.interpolate(x, size)))
-        return torch.tanh(self.decoder_out(x))
+        return self.decoder_out(x)
 
     def loss(self, images: torch.Tensor, kl_weight: float) -> torch.Tensor:
         """Squared error plus `kl_weight` times the KL divergence to N(0, 1), both summed over an image; mean over N."""
