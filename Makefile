@@ -3,7 +3,6 @@
 #   make train ARGS="train.train_iters=200 optim.lr=5e-4"    any other key of the configuration
 
 TORCH ?= torch==2.13.0
-NPROC ?=
 ARGS ?=
 WORKERS ?= 2
 VENV := .venv
@@ -13,6 +12,8 @@ export OMP_NUM_THREADS ?= 1
 # A version manager may offer a python3.12 that does not start: each is tried, not looked up.
 SUITABLE := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(SUITABLE)' 2>/dev/null && echo $$p && break; done)
+# 2 processes on a CPU; with GPUs as many as divide the demo's 8 rows. NPROC=n overrides it.
+RANKS := import torch; n = torch.cuda.device_count(); print(max(k for k in (1, 2, 4, 8) if k <= n) if n else 2)
 IF_EXISTS := $(if $(RESUME),resume,$(if $(FRESH),restart,error))
 
 .DELETE_ON_ERROR:
@@ -24,15 +25,14 @@ help:
 train: $(BIN)/.demo data
 	@if [ $(IF_EXISTS) = error ] && [ -e runs/demo ]; then \
 	  echo "error: runs/demo already holds a run: make train RESUME=1 continues it, make train FRESH=1 starts over." >&2; exit 2; fi
-	nproc=$(NPROC); $(BIN)/torchrun --standalone \
-	  --nproc-per-node $${nproc:-$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')} \
-	  -m megatron_mm.train experiment=demo run.if_exists=$(IF_EXISTS) $(ARGS)
+	nproc=$${NPROC:-$$($(BIN)/python -c '$(RANKS)')}; $(BIN)/torchrun --standalone --nproc-per-node $$nproc \
+	  -m megatron_mm.train experiment=demo train.micro_batch_size=$$((8 / nproc)) run.if_exists=$(IF_EXISTS) $(ARGS)
 	$(BIN)/python -m megatron_mm.demo run=runs/demo
 
 data: data/mnist/dataset.json
 
 data/mnist/dataset.json: | $(BIN)/.demo
-	$(BIN)/python -m megatron_mm.data.prepare mnist --out data/mnist
+	env -u OMP_NUM_THREADS $(BIN)/python -m megatron_mm.data.prepare mnist --out data/mnist
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)

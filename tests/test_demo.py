@@ -51,7 +51,7 @@ def digits(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [("transfusion", []), ("chameleon", ["data.image_tokenizer=data/mnist/codebook.npz"])],
+    [("transfusion", ["data.image_tokenizer=pixels"]), ("chameleon", ["data.image_tokenizer=data/mnist/codebook.npz"])],
 )
 def test_report(digits, family, overrides):
     run = digits / "runs" / family

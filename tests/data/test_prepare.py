@@ -28,6 +28,7 @@ def test_mnist(tmp_path, capsys):
     pytest.importorskip("mnist")
     mnist = pytest.importorskip("megatron_mm.data.sources.mnist")
     command = ["mnist", "--out", str(tmp_path), "--limit", "300", "--interleaved", "0.2", "--codes", "32"]
+    command += ["--latents", "0"]
     main(command)
     codec = PatchVQCodec.load(tmp_path / "codebook.npz")
     assert (codec.codes, codec.grid) == (32, (7, 7))

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", type=int, default=256, help="entries of the patch codebook")
     parser.add_argument("--patch", type=int, default=4, help="pixels on a side of the codebook's patches")
     parser.add_argument("--latents", type=int, default=4, help="channels of the VAE's latents; 0 trains no VAE")
-    parser.add_argument("--vae-steps", type=int, default=1500, help="training steps of the VAE")
+    parser.add_argument("--vae-steps", type=int, default=1200, help="training steps of the VAE")
     parser.add_argument("--limit", type=int, default=None, help="use only so many training and so many test images")
     parser.add_argument("--seed", type=int, default=0)
 

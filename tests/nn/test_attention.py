@@ -1,0 +1,52 @@
+"""The backends agree with each other, and each is chosen only where it can run."""
+
+import numpy as np
+import pytest
+import torch
+from mm_kernels.span_attention.reference import span_attention_reference
+
+from megatron_mm import mask
+from megatron_mm.nn.attention import BACKENDS, dense_sdpa, select
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def packed_masks() -> torch.Tensor:
+    """Two rows: documents with image spans, a noised copy that hides itself later, and padding."""
+    spans = mask.with_spans(30, [(4, 13), (20, 25)])
+    rows = [
+        mask.concatenate([spans, mask.causal(9), mask.hide_after(mask.with_spans(12, [(2, 6)]), [(2, 6)])], 64),
+        mask.concatenate([mask.full(20), mask.prefix(31, 8)], 64),
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def test_dense_sdpa_is_the_reference_forward_and_backward():
+    torch.manual_seed(0)
+    q = torch.randn(2, 64, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 64, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.randn(2, 64, 4, 8, dtype=torch.float64)
+    results = []
+    for attend in (dense_sdpa, span_attention_reference):
+        out = attend(q, k, v, packed_masks())
+        results.append([out, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert results[0][0][0, 51:].abs().max() == 0 and results[0][1][0, 51:].abs().max() == 0  # padding
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_auto_runs_everywhere(causal):
+    assert select("auto", CPU, torch.float32, causal)[0] == "reference"
+    assert select("auto", CUDA, torch.float32, causal)[0] == "sdpa"
+    assert select("auto", CUDA, torch.bfloat16, False)[0] == "sdpa"
+    assert set(BACKENDS) == {"reference", "sdpa", "flash"}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "causal", "why"),
+    [(CPU, torch.bfloat16, True, "CUDA"), (CUDA, torch.float32, True, "bf16"), (CUDA, torch.bfloat16, False, "causal")],
+)
+def test_flash_says_why_it_cannot_run(device, dtype, causal, why):
+    with pytest.raises(ValueError, match=f"attention.backend=flash cannot run: .*{why}.*attention.backend=auto"):
+        select("flash", device, dtype, causal)
