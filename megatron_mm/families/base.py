@@ -93,7 +93,7 @@ class Family(Protocol):
         ...
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
-        """Positions of a document with so many segments and text tokens; an upper bound where conditions are dropped."""
+        """Positions of a document with so many segments and text tokens; an upper bound under condition dropout."""
         ...
 
     def lay_out(self, sample: Sample, streams: Streams) -> Document:

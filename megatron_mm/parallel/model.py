@@ -1,4 +1,4 @@
-"""One pipeline stage: the family's front (on the first), megatron-core's transformer block, the family's back (last)."""
+"""One pipeline stage: family front (first stage), megatron-core transformer block, family back (last stage)."""
 
 from __future__ import annotations
 
