@@ -60,13 +60,15 @@ class DDPMSchedule:
 
         Args:
             x_t: the noised image, any shape; eps: the predicted noise, the same shape.
-            clip: bound on the predicted clean image's magnitude (1 for pixels, None for latents).
+            clip: bound on the predicted clean image's magnitude, None for none; the noise follows what was clipped
+                (diffusers' `use_clipped_model_output`).
         """
         abar = float(self.alphas_cumprod[t])
         abar_prev = float(self.alphas_cumprod[t_prev]) if t_prev >= 0 else 1.0
         x0 = (x_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
         if clip is not None:
             x0 = x0.clamp(-clip, clip)
+            eps = (x_t - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
         return math.sqrt(abar_prev) * x0 + math.sqrt(1 - abar_prev) * eps
 
 

@@ -47,7 +47,7 @@ def test_sampling_is_ddim_of_diffusers(spacing, steps, clip):
     x = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        theirs = scheduler.step(eps, t, x).prev_sample
+        theirs = scheduler.step(eps, t, x, use_clipped_model_output=clip is not None).prev_sample
         x = schedule.step(x, eps, t, t_prev, clip)
         # diffusers keeps its schedule in float32: near t = 999 the signal is 5e-5 of x_t and its error is magnified
         torch.testing.assert_close(x, theirs, rtol=2e-3, atol=1e-4 * float(theirs.abs().max()))
