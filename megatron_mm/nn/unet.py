@@ -111,6 +111,6 @@ def _over_images(
         index = (torch.tensor(firsts)[:, None] + torch.arange(h * w)).flatten().to(x.device)
         grid = flat.index_select(0, index).view(-1, h, w, x.shape[2]).movedim(-1, 1)
         out = out.index_copy(0, index, function(grid).movedim(1, -1).reshape(-1, outputs))
-    if not starts:
+    if not starts and torch.is_grad_enabled():
         out = out + 0.0 * sum(parameter.sum() for parameter in module.parameters())
     return out.view(batch, length, outputs)

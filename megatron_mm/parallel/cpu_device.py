@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 
 import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
 import megatron.core.tensor_parallel.random as tp_random
@@ -24,6 +25,8 @@ def enable(device: torch.device) -> None:
         return
     # Its jit fusers cost 17 s of cold compilation on a CPU and gain nothing there.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # The schedule asks activations for their gradient, as on CUDA; only through the mode does torch remark on it.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     CudaToCpu().__enter__()
     for name, replacement in _CUDA_FUNCTIONS.items():
         setattr(torch.cuda, name, replacement)
