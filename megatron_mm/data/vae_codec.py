@@ -31,14 +31,18 @@ class VAEShape:
 
 
 class VAECodec:
-    """Latent means, divided by their standard deviation over the corpus (`scale`), float32 [latents, h, w]."""
+    """Latent means float32 [latents, h, w], standardised by each channel's mean and standard deviation over the corpus.
+
+    Without that a diffusion model has to find the channels' offsets in the first, noisiest steps.
+    """
 
     codes = 0
     limit = 4.0
     """In standard deviations."""
 
-    def __init__(self, shape: VAEShape, vae: ConvVAE, scale: float):
-        self.shape, self.vae, self.scale = shape, vae.eval().requires_grad_(False), scale
+    def __init__(self, shape: VAEShape, vae: ConvVAE, mean: torch.Tensor, std: torch.Tensor):
+        """`mean` and `std` float32 [latents, 1, 1]."""
+        self.shape, self.vae, self.mean, self.std = shape, vae.eval().requires_grad_(False), mean, std
         self._pixels = PixelCodec(shape.channels, shape.height, shape.width)
         self.grid = (shape.latents, *vae.sizes[-1])
 
@@ -49,18 +53,19 @@ class VAECodec:
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> np.ndarray:
         mean, _ = self.vae.encode(torch.from_numpy(self.pixels.encode(image))[None])
-        latents: np.ndarray = (mean[0] / self.scale).numpy()
+        latents: np.ndarray = ((mean[0] - self.mean) / self.std).numpy()
         return latents
 
     @torch.inference_mode()
     def decode(self, array: np.ndarray) -> np.ndarray:
-        latents = torch.from_numpy(np.asarray(array, dtype=np.float32))[None]
-        return self.pixels.decode(self.vae.decode(latents * self.scale)[0].numpy())
+        latents = torch.from_numpy(np.asarray(array, dtype=np.float32)) * self.std + self.mean
+        return self.pixels.decode(self.vae.decode(latents[None])[0].numpy())
 
     def save(self, path: Path) -> None:
-        """Write shape, scale and weights, whole or not at all."""
+        """Write shape, statistics and weights, whole or not at all."""
+        saved = {"shape": asdict(self.shape), "mean": self.mean, "std": self.std, "weights": self.vae.state_dict()}
         with replacing(path) as temporary:
-            torch.save({"shape": asdict(self.shape), "scale": self.scale, "weights": self.vae.state_dict()}, temporary)
+            torch.save(saved, temporary)
 
     @classmethod
     def load(cls, path: Path) -> VAECodec:
@@ -75,9 +80,9 @@ class VAECodec:
             shape = VAEShape(**saved["shape"])
             vae = ConvVAE(**saved["shape"])
             vae.load_state_dict(saved["weights"])
+            return cls(shape, vae, saved["mean"], saved["std"])
         except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"data.image_tokenizer={path} is not a VAE file: {str(error).splitlines()[0]}") from error
-        return cls(shape, vae, saved["scale"])
 
 
 def fit_vae(
@@ -110,6 +115,7 @@ def fit_vae(
             optimizer.step()
     with torch.inference_mode():
         means = torch.cat([vae.encode(part)[0] for part in pixels[:5000].split(500)])
-    if means.std() < 0.1:
+    mean, std = means.mean((0, 2, 3))[:, None, None], means.std((0, 2, 3))[:, None, None]
+    if std.max() < 0.1:
         raise ValueError(f"The VAE's latents carry nothing after {steps} steps: train it longer or with another seed.")
-    return VAECodec(shape, vae, float(means.std()))
+    return VAECodec(shape, vae, mean, std.clamp(min=0.05 * float(std.max())))  # an idle channel must not be magnified
