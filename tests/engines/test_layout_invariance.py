@@ -26,6 +26,8 @@ LAYOUTS = {
     "micro_batch_2": (1, ["train.micro_batch_size=2"]),
     "one_worker": (1, ["data.num_workers=1", "data.prefetch=0"]),
 }
+FAST = ("tp2_sp", "pp2_interleaved", "dp2")
+"""Layouts of the fast subset; the others only run in the whole suite."""
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 
 
@@ -54,13 +56,14 @@ def assert_same_curve(steps, expected, loss_tolerance, norm_tolerance):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
 def test_fp32(name, family, shards, tmp_path, baseline):
     world_size, overrides = LAYOUTS[name]
     steps = run_training(overrides_for(family, shards, tmp_path, *overrides), world_size)
     assert_same_curve(steps, baseline(family, "fp32"), 1e-5, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "dp2", "tp2_pp2", "micro_batch_2", "recompute_full"])
 def test_fp64(name, family, shards, tmp_path, baseline):
@@ -69,6 +72,7 @@ def test_fp64(name, family, shards, tmp_path, baseline):
     assert_same_curve(steps, baseline(family, "fp64"), 1e-9, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "dp2", "micro_batch_2"])
 def test_unet_patches(name, shards, tmp_path, baseline):
     world_size, overrides = LAYOUTS[name]
@@ -76,6 +80,7 @@ def test_unet_patches(name, shards, tmp_path, baseline):
     assert_same_curve(steps, baseline("transfusion_unet", "fp32"), 1e-5, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_curve_depends_on_what_it_should(family, shards, tmp_path, baseline):
     """The comparison above would see a change: another seed, or no dropout, gives another curve; and it learns."""

@@ -13,6 +13,8 @@ from tiny_runs import overrides_for, run_training
 from megatron_mm.engines.checkpoint import CheckpointError, latest_iteration, resolve
 from megatron_mm.report.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
 
