@@ -47,6 +47,8 @@ class DemoConfig:
     """Held-out images to generate captions for."""
     start: str = "three"
     """Text that the interleaved document starts with."""
+    cfg_scale: float | None = 5.0
+    """Guidance of the images: the larger of the two values that Transfusion's paper uses. null: generate's default."""
     steps: int = 25
     """Denoising steps of an image (diffusion families)."""
     classifier_images: int = 8000
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         classifier = train_classifier(images_of(real), labels_of(real), config.seed)
         began = time.perf_counter()
         status.update("drawing captions")
-        settings = SamplingConfig(seed=config.seed, steps=config.steps, batch_size=100)
+        settings = SamplingConfig(seed=config.seed, cfg_scale=config.cfg_scale, steps=config.steps, batch_size=100)
         drawn = draw_images(model, of_each_class(held_out, config.images_per_class), classifier, settings)
         status.update("captioning images")
         greedy = SamplingConfig(seed=config.seed, temperature=0.0, max_new_tokens=32, batch_size=100)
