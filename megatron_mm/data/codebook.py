@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 
-from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec, patchify
+from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec
+from megatron_mm.nn.patch import patchify
 
 
 def fit_patch_codebook(

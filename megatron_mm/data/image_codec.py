@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.data.files import replacing
+from megatron_mm.nn.patch import patchify, unpatchify
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels."""
@@ -103,9 +104,7 @@ class PatchVQCodec:
         return codes.reshape(self.grid)
 
     def decode(self, array: np.ndarray) -> np.ndarray:
-        (h, w), p, channels = self.grid, self.patch, self.pixels.channels
-        patches = self.codebook[array.reshape(-1)].reshape(h, w, channels, p, p)
-        return self.pixels.decode(patches.transpose(2, 0, 3, 1, 4).reshape(channels, h * p, w * p))
+        return self.pixels.decode(unpatchify(self.codebook[array.reshape(-1)], *self.grid, self.patch))
 
     def save(self, path: Path) -> None:
         """Write the codebook as npz, whole or not at all."""
@@ -133,10 +132,3 @@ class PatchVQCodec:
                 return cls(saved["codebook"], **sizes)
         except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"data.image_tokenizer={path} is not a patch codebook: {error}.") from error
-
-
-def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
-    """[C, H, W] -> [(H / patch) * (W / patch), C * patch * patch], row-major, each patch (channel, row, column)."""
-    channels, height, width = pixels.shape
-    grid = pixels.reshape(channels, height // patch, patch, width // patch, patch)
-    return grid.transpose(1, 3, 0, 2, 4).reshape(-1, channels * patch * patch)

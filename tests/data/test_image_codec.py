@@ -4,8 +4,9 @@ from PIL import Image
 
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig
-from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec, patchify
+from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec
 from megatron_mm.data.image_codecs import load_image_codec
+from megatron_mm.nn.patch import patchify
 
 
 def random_image(mode: str, height: int, width: int) -> Image.Image:
