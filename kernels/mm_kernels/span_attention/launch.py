@@ -148,8 +148,8 @@ def _descriptor(tensor: torch.Tensor, block: int) -> TensorDescriptor:
     """Tiles of `block` positions of one head of [B, S, H, D], as [B, H, S, D]: where the leading sizes of a tile are 1,
     Triton reads it as a matrix, straight into shared memory. Beyond the tensor's ends reads give zeros."""
     view = tensor.transpose(1, 2)
-    shape = [1, 1, block, padded_head_dim(tensor.shape[3])]
-    return TensorDescriptor(view, list(view.shape), list(view.stride()), shape)
+    strides = [stride if size > 1 else view.shape[-1] for size, stride in zip(view.shape, view.stride(), strict=True)]
+    return TensorDescriptor(view, list(view.shape), strides, [1, 1, block, padded_head_dim(view.shape[-1])])
 
 
 def _or_mask(problem: Problem) -> torch.Tensor:

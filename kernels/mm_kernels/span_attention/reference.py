@@ -1,40 +1,24 @@
-"""Span attention in plain torch: any device, any float dtype, differentiable by autograd.
+"""Span attention in plain torch: any device, any float dtype.
 
 The mask is read on the host. Every row is cut where nothing behind looks back, long pieces are cut into tiles of
-queries with the one range of keys that they need, and tiles of similar size, from all rows, are padded into one call of
-torch's attention. So work and memory follow the mask's area, not S x S, and a row of short documents costs a few calls
-rather than one per document. The trade-off: one device synchronisation per call, and new shapes with every mask.
+queries with the one range of keys that they need, and tiles of similar size, from all rows, are padded into one call.
+So work and memory follow the mask's area, not S x S, and a row of short documents costs a few calls rather than one per
+document. The trade-off: one device synchronisation per call, and new shapes with every mask.
 
-Shape legend: B rows, S queries, K keys, H query heads, G key/value heads, D head size; N tiles of one call.
+`span_attention_reference` calls torch's own attention, on a CPU three to five times as fast as a softmax written out.
+`forward` and `backward` write it out, since they owe the log-sum-exp and its gradient.
+
+Shape legend: B rows, S queries, K keys, H = G * R query heads, G key/value heads, D head size; inside a call N tiles.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Both measured on one CPU core, 4 to 8 heads of 16 to 64: within 15 % from half to twice the value.
-TILE = 128
-"""Queries in one tile of a long piece."""
-CALL_COST = 4096
-"""Score-matrix elements that take as long as one more call: where padding beats another call."""
-
-
-@dataclass(frozen=True)
-class TileGroup:
-    """Tiles that share a call, padded to one size. Positions are flattened over rows: row * S + position.
-
-    queries int64 [N, Q] and keys int64 [N, K], padded by repeating a tile's last position; real bool [N, Q] marks the
-    queries that have an answer; allowed bool [N, Q, K] has a key for every query, real or not.
-    """
-
-    queries: np.ndarray
-    keys: np.ndarray
-    real: np.ndarray
-    allowed: np.ndarray
+from mm_kernels.span_attention.arguments import check, default_scale, split_mask
+from mm_kernels.span_attention.plan import plan_tiles
 
 
 def span_attention_reference(
@@ -42,161 +26,132 @@ def span_attention_reference(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor,
-    scale: float | None = None,
     until: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T * scale) v over the allowed keys; exactly zero, without gradient, where a query has none.
-
-    Args:
-        q: [B, S, H, D]; k, v: [B, K, G, D] with H a multiple of G (query head h reads key head h // (H / G)).
-        mask: integers [B, 3, S], rows lo, hi, until, as `megatron_mm.mask` builds them.
-        scale: of the scores; D ** -0.5 if None.
-        until, positions: for keys that are not the queries (a KV cache): integers [B, K], and the queries' own
-            positions, integers [B, S]. lo, hi and positions are then in key coordinates and `mask` may be [B, 2, S].
-            Without them and with K != S no key is hidden.
-
-    Returns:
-        [B, S, H, D], in q's dtype.
-
-    Raises:
-        ValueError: the shapes do not fit together, or one of `until` and `positions` is missing.
-    """
-    _check(q, k, v, mask, until, positions)
-    if until is not None or k.shape[1] != q.shape[1]:
-        return _cache_attention(q, k, v, mask, scale, until, positions)
-
-    groups = plan_tiles(mask.detach().cpu().numpy())
-    queries = np.concatenate([group.queries.ravel() for group in groups])
-    keys = np.concatenate([group.keys.ravel() for group in groups])
-    real = np.concatenate([group.real.ravel() for group in groups])
-    # One gather and one scatter for all groups; what the groups see are slices of it.
-    packed = [
-        t.flatten(0, 1).index_select(0, _tensor(index, q.device)).split([getattr(g, side).size for g in groups])
-        for t, index, side in ((q, queries, "queries"), (k, keys, "keys"), (v, keys, "keys"))
+    """The output of `op.span_attention` [B, S, H, D], differentiable by autograd. Same arguments, same errors."""
+    scale = default_scale(q, scale)
+    check(q, k, v, mask, until, scale)
+    tiles = _Tiles(q, k, mask, until)
+    outs = [
+        F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q_tiles, k_tiles, v_tiles)),
+            attn_mask=allowed[:, None],
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        ).transpose(1, 2)
+        for q_tiles, k_tiles, v_tiles, allowed in tiles.zip(tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v))
     ]
-    out = torch.cat(
-        [
-            _attend(group, q_group, k_group, v_group, scale)
-            for group, q_group, k_group, v_group in zip(groups, *packed, strict=True)
-        ]
-    )
-    out = out.index_select(0, _tensor(np.flatnonzero(real), q.device))
-    empty = q.new_zeros(q.shape[0] * q.shape[1], *q.shape[2:])
-    return empty.index_copy(0, _tensor(queries[real], q.device), out).view_as(q)
+    return tiles.scatter(outs, torch.zeros_like(q))
 
 
-def plan_tiles(mask: np.ndarray) -> list[TileGroup]:
-    """Cut, tile and group the queries of a mask, integers [B, 3, S]; at least one group, if of no real query."""
-    batch, _, length = mask.shape
-    total = batch * length
-    # Rows laid end to end are one long row: no interval crosses from one into the next.
-    lo, hi, until = (mask.astype(np.int64) + np.arange(batch)[:, None, None] * length).transpose(1, 0, 2).reshape(3, -1)
-    sees = lo < hi
-    first_key, end_key = np.where(sees, lo, total), np.where(sees, hi, 0)
-
-    position = np.arange(total)
-    cut = np.minimum.accumulate(first_key[::-1])[::-1] >= position
-    piece_start = position[cut][np.cumsum(cut) - 1]
-    starts = np.flatnonzero((position - piece_start) % TILE == 0)
-
-    tiles = np.stack(
-        [
-            starts,
-            np.append(starts[1:], total) - starts,
-            np.minimum.reduceat(first_key, starts),
-            np.maximum.reduceat(end_key, starts) - np.minimum.reduceat(first_key, starts),
-        ],
-        axis=1,
-    )
-    tiles = tiles[tiles[:, 3] > 0]
-    if not len(tiles):
-        tiles = np.array([[0, 1, 0, 1]])
-    tiles = tiles[np.lexsort((-tiles[:, 1], -tiles[:, 3]))]
-    bounds = _group_bounds(tiles[:, [1, 3]].tolist())
-    return [_tile_group(tiles[a:b], lo, hi, until) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, until: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, S, H, D], lse [B, H, S] in fp32, or fp64 for fp64 inputs), without a graph."""
+    tiles = _Tiles(q, k, mask, until)
+    outs, sums = [], []
+    for q_tiles, k_tiles, v_tiles, allowed in tiles.zip(tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v)):
+        q_tiles, k_tiles, v_tiles = (_by_group(t, k.shape[2]) for t in (q_tiles, k_tiles, v_tiles))
+        scores = _scores(q_tiles, k_tiles, allowed, scale)
+        lse = scores.logsumexp(-1, keepdim=True)
+        outs.append(_by_position((scores - lse).exp() @ v_tiles).to(q.dtype))
+        sums.append(_by_position(lse).squeeze(-1))
+    out = tiles.scatter(outs, torch.zeros_like(q))
+    lse = tiles.scatter(sums, torch.full(q.shape[:3], float("-inf"), dtype=sums[0].dtype, device=q.device))
+    return out, lse.transpose(1, 2).contiguous()
 
 
-def _group_bounds(sizes: list[list[int]]) -> list[int]:
-    """Where to split tiles (queries, keys), sorted by keys downwards, so that padding costs less than calls."""
-    bounds, area, height, width = [0], 0, 0, sizes[0][1]
-    for i, (queries, keys) in enumerate(sizes):
-        area += queries * keys
-        height = max(height, queries)
-        if height * width * (i + 1 - bounds[-1]) - area > CALL_COST:
-            bounds.append(i)
-            area, height, width = queries * keys, queries, keys
-    return [*bounds, len(sizes)]
-
-
-def _tile_group(tiles: np.ndarray, lo: np.ndarray, hi: np.ndarray, until: np.ndarray) -> TileGroup:
-    start, height, first_key, width = (column[:, None] for column in tiles.T)
-    row, column = np.arange(height.max()), np.arange(width.max())
-    queries = start + np.minimum(row, height - 1)
-    keys = first_key + np.minimum(column, width - 1)
-    key = (first_key + column)[:, None, :]
-    allowed = (lo[queries][..., None] <= key) & (key < hi[queries][..., None])
-    allowed &= queries[..., None] < until[keys][:, None, :]
-    answered = allowed.any(axis=-1)
-    allowed[..., 0] |= ~answered  # a softmax over nothing would be NaN; the result is not used
-    return TileGroup(queries, keys, answered & (row < height), allowed)
-
-
-def _attend(group: TileGroup, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Attention of one group's gathered tiles: q [N * Q, H, D], k and v [N * K, G, D] -> [N * Q, H, D]."""
-    q, k, v = q.unflatten(0, group.queries.shape), *(t.unflatten(0, group.keys.shape) for t in (k, v))
-    return _sdpa(q, k, v, _tensor(group.allowed, q.device), scale).flatten(0, 1)
-
-
-def _cache_attention(
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float | None,
-    until: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
-    """Few queries against many keys: one call with a mask of S x K."""
-    key = torch.arange(k.shape[1], device=q.device)
-    allowed = (mask[:, 0, :, None] <= key) & (key < mask[:, 1, :, None])
-    if until is not None and positions is not None:
-        allowed = allowed & (positions[:, :, None] < until[:, None, :])
-    unanswered = ~allowed.any(dim=-1, keepdim=True)
-    return _sdpa(q, k, v, allowed | unanswered, scale).masked_fill(unanswered[..., None], 0.0)
-
-
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    """torch's attention with heads behind positions: q [N, Q, H, D], allowed bool [N, Q, K]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=allowed[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     mask: torch.Tensor,
     until: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> None:
-    (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != q.shape[3] or heads % k.shape[2]:
-        raise ValueError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit: expected [B, S, H, D] and "
-            f"[B, K, G, D] with H a multiple of G."
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv). `out` and `lse` may be those of more keys than these: then the result is these keys' part."""
+    tiles = _Tiles(q, k, mask, until)
+    delta = (out.to(lse.dtype) * dout.to(lse.dtype)).sum(-1)
+    delta = delta if dlse is None else delta - dlse.transpose(1, 2)
+    dq_tiles = []
+    dk, dv = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (k, v))
+    sides = (tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v), tiles.of_queries(dout))
+    rows = (tiles.of_queries(lse.transpose(1, 2)[..., None]), tiles.of_queries(delta[..., None]))
+    for i, (*parts, allowed) in enumerate(tiles.zip(*sides, *rows)):
+        q_tiles, k_tiles, v_tiles, dout_tiles, lse_tiles, delta_tiles = (_by_group(t, k.shape[2]) for t in parts)
+        # Queries without a key, and those that only fill a tile up, have no weights.
+        lse_tiles = lse_tiles.masked_fill(~tiles.real(i)[:, None, None, :, None], float("inf"))
+        weights = (_scores(q_tiles, k_tiles, allowed, scale) - lse_tiles).exp()
+        dscores = weights * (dout_tiles @ v_tiles.mT - delta_tiles) * scale
+        dq_tiles.append(_by_position(dscores @ k_tiles).to(q.dtype))
+        tiles.add_keys(i, dk, (dscores.mT @ q_tiles).sum(2))
+        tiles.add_keys(i, dv, (weights.mT @ dout_tiles).sum(2))
+    return tiles.scatter(dq_tiles, torch.zeros_like(q)), dk.to(k.dtype), dv.to(v.dtype)
+
+
+class _Tiles:
+    """The groups of tiles of one mask, and how tensors are cut into them: one gather and one scatter for all groups."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, until: torch.Tensor | None):
+        rows, until = split_mask(mask, until)
+        hidden = None if until is None else until.detach().cpu().numpy()
+        self._groups = plan_tiles(rows.detach().cpu().numpy(), hidden, k.shape[1])
+        self._device = q.device
+        self._queries, self._keys, self._real = (
+            np.concatenate([getattr(group, name).ravel() for group in self._groups])
+            for name in ("queries", "keys", "real")
         )
-    if (until is None) != (positions is None):
-        raise ValueError("until and positions belong together: give both or neither.")
-    rows = 3 if until is None and keys == queries else mask.shape[1]
-    if tuple(mask.shape) != (batch, rows, queries) or rows < 2:
-        raise ValueError(f"The mask is {list(mask.shape)}, expected [{batch}, 3, {queries}] for q {list(q.shape)}.")
+
+    def zip(self, *sides: list[torch.Tensor]):
+        """One tuple a group: its part of every side, and which of its queries see which keys, bool [N, Q, K]."""
+        return zip(*sides, (self._tensor(group.allowed) for group in self._groups), strict=True)
+
+    def of_queries(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """[B, S, ...] -> [N, Q, ...] of every group."""
+        return self._gather(tensor, self._queries, [group.queries for group in self._groups])
+
+    def of_keys(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """[B, K, ...] -> [N, K, ...] of every group."""
+        return self._gather(tensor, self._keys, [group.keys for group in self._groups])
+
+    def real(self, i: int) -> torch.Tensor:
+        """Which queries of group i have an answer: bool [N, Q]."""
+        return self._tensor(self._groups[i].real)
+
+    def scatter(self, parts: list[torch.Tensor], into: torch.Tensor) -> torch.Tensor:
+        """[N, Q, ...] of every group -> [B, S, ...], which has the values of `into` where no query has an answer."""
+        values = torch.cat([part.flatten(0, 1) for part in parts])
+        values = values.index_select(0, self._tensor(np.flatnonzero(self._real)))
+        return into.flatten(0, 1).index_copy(0, self._tensor(self._queries[self._real]), values).view_as(into)
+
+    def add_keys(self, i: int, into: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds values [N, G, K, D] of group i to `into` [B, K, G, D]."""
+        into.flatten(0, 1).index_add_(0, self._tensor(self._groups[i].keys.ravel()), values.transpose(1, 2).flatten(0, 1))
+
+    def _gather(self, tensor: torch.Tensor, index: np.ndarray, shapes: list[np.ndarray]) -> list[torch.Tensor]:
+        parts = tensor.flatten(0, 1).index_select(0, self._tensor(index)).split([shape.size for shape in shapes])
+        return [part.unflatten(0, shape.shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[N, Q, G * R, D] -> [N, G, R, Q, D], in fp32 at least."""
+    precise = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.to(precise).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _by_position(tensor: torch.Tensor) -> torch.Tensor:
+    """[N, G, R, Q, D] -> [N, Q, G * R, D]."""
+    return tensor.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor, scale: float) -> torch.Tensor:
+    """[N, G, R, Q, K], -inf where the mask forbids."""
+    return (q @ k.mT * scale).masked_fill(~allowed[:, None, None], float("-inf"))
