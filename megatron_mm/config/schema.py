@@ -118,5 +118,6 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    backend: str = choice("auto", "reference", "sdpa", "flash")
-    """`reference` is plain torch over the mask's intervals; `flash` runs where the mask is plain packed causal."""
+    backend: str = choice("auto", "span", "flash", "sdpa", "reference")
+    """`span` is our fused kernel, `reference` plain torch over the mask's intervals, `sdpa` torch's attention with a
+    dense mask; `flash` is flash-attn, where the mask is plain packed causal."""

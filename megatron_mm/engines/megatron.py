@@ -48,10 +48,10 @@ class StepMetrics:
 
 def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
     """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
-    backend, why = select(config.attention.backend, device, config.train.dtype, family.causal)
+    backend, why = select(config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim)
     if layout.rank == 0:
         logger.info("attention backend: %s (%s)", backend, why)
-    core = transformer_config(family.trunk, config.parallel, config.train, backend)
+    core = transformer_config(family.trunk, config.parallel, config.train, backend, family.hides_keys)
     chunks = []
     for stage in range(layout.virtual_stages):
         virtual = stage if layout.virtual_stages > 1 else None

@@ -86,6 +86,8 @@ class Family(Protocol):
     fields: dict[str, FieldSpec]
     causal: bool
     """Whether the mask is plain packed-causal, so that a causal kernel may compute it."""
+    hides_keys: bool
+    """Whether later queries may not see some keys (the mask's `until`); attention leaves that row out where none do."""
 
     @property
     def grid(self) -> tuple[int, int]:

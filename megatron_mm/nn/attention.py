@@ -1,21 +1,28 @@
 """Which attention computes the interval mask: one function a backend, and the choice between them.
 
-Every backend maps q [B, S, H, Dh], k and v [B, S, G, Dh] and the mask int32 [B, 3, S] to out [B, S, H, Dh].
+Every backend maps q [B, S, H, Dh], k and v [B, S, G, Dh] and a mask int32 [B, 3, S], or [B, 2, S] where no key is
+hidden, to out [B, S, H, Dh].
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from mm_kernels.span_attention.reference import span_attention_reference
 
+TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    from mm_kernels.span_attention.op import span_attention
+
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+HALF = (torch.bfloat16, torch.float16)
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[str, str]:
+def select(name: str, device: torch.device, dtype: torch.dtype, causal: bool, head_dim: int) -> tuple[str, str]:
     """The backend to run and why.
 
     `causal` says that the family's mask is plain packed-causal, the only one that flash-attn can express.
@@ -23,31 +30,57 @@ def select(name: str, device: torch.device, dtype: torch.dtype, causal: bool) ->
     Raises:
         ValueError: the named backend cannot run here.
     """
-    half_on_cuda = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    flash_installed = importlib.util.find_spec("flash_attn") is not None
-    if name == "flash":
-        for ok, why in [
+    if name == "auto":
+        if device.type != "cuda":
+            return "reference", "CPU: plain torch over the mask's intervals"
+        problem = _obstacle("span", device, dtype, causal, head_dim)
+        if problem is None and dtype in HALF:
+            return "span", "CUDA in half precision: the fused span-mask kernel"
+        return (
+            "sdpa",
+            f"the span kernel cannot run: {problem}" if problem else f"{dtype} is faster in torch's attention",
+        )
+    problem = _obstacle(name, device, dtype, causal, head_dim)
+    if problem is not None:
+        raise ValueError(f"attention.backend={name} cannot run: {problem}. Use attention.backend=auto.")
+    return name, "asked for"
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, causal: bool, head_dim: int) -> str | None:
+    """Why the backend cannot run here, if it cannot."""
+    cuda = device.type == "cuda"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    conditions = {
+        "span": [
+            (TRITON, "the triton package is not installed"),
+            (cuda or interpreted, "it needs CUDA (TRITON_INTERPRET=1 runs it, slowly, on a CPU)"),
+            (dtype in (*HALF, torch.float32), f"it has no kernel for {dtype}"),
+            (head_dim % 8 == 0 and head_dim <= 256, f"a head dimension of {head_dim} is not a multiple of 8 up to 256"),
+        ],
+        "flash": [
             (causal, "this family's mask is not plain causal"),
-            (half_on_cuda, "it needs CUDA and bf16"),
-            (flash_installed, "the flash-attn package is not installed (pip install megatron_mm[flash])"),
-        ]:
-            if not ok:
-                raise ValueError(f"attention.backend=flash cannot run: {why}. Use attention.backend=auto.")
-    if name != "auto":
-        return name, "asked for"
-    if causal and half_on_cuda and flash_installed:
-        return "flash", "the mask is plain packed-causal and flash-attn is installed"
-    if device.type == "cuda":
-        return "sdpa", "no fused kernel takes this mask here"
-    return "reference", "CPU: plain torch over the mask's intervals"
+            (cuda and dtype in HALF, "it needs CUDA and bf16"),
+            (
+                importlib.util.find_spec("flash_attn") is not None,
+                "the flash-attn package is not installed (pip install megatron_mm[flash])",
+            ),
+        ],
+    }
+    return next((why for fulfilled, why in conditions.get(name, []) if not fulfilled), None)
+
+
+def fused_span(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Our Triton kernel, which walks only the keys that the mask allows."""
+    return span_attention(q, k, v, mask)[0]
 
 
 def dense_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """torch SDPA with the mask expanded to [B, 1, S, S]: needs no host synchronisation, costs O(S^2) memory."""
-    lo, hi, until = mask[:, :, :, None].unbind(1)  # [B, S, 1] as rows
+    lo, hi = mask[:, :2, :, None].unbind(1)  # [B, S, 1] as rows
     key = torch.arange(k.shape[1], device=q.device, dtype=mask.dtype)
     allowed = (lo <= key) & (key < hi)
-    allowed &= torch.arange(q.shape[1], device=q.device, dtype=mask.dtype)[:, None] < until.transpose(1, 2)
+    if mask.shape[1] == 3:
+        allowed &= torch.arange(q.shape[1], device=q.device, dtype=mask.dtype)[:, None] < mask[:, 2, None]
     live = allowed.any(-1, keepdim=True)  # [B, S, 1]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -77,6 +110,7 @@ def packed_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
 
 
 BACKENDS: dict[str, Attention] = {
+    "span": fused_span,
     "reference": span_attention_reference,
     "sdpa": dense_sdpa,
     "flash": packed_flash,

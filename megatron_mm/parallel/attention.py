@@ -23,6 +23,7 @@ class SpanAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.attend = BACKENDS[config.attention_backend_name]
+        self.mask_rows = 3 if config.hides_keys else 2
         self.cache: KVCache | None = None
 
     def forward(
@@ -31,7 +32,7 @@ class SpanAttention(nn.Module):
         """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], mask int32 [B, 5, S] -> [S, B, H/TP * Dh]."""
         q, k, v = (t.transpose(0, 1) for t in (query, key, value))
         if self.cache is None:
-            out = self.attend(q, k, v, attention_mask[:, :3])
+            out = self.attend(q, k, v, attention_mask[:, : self.mask_rows])
         else:
             out = attend_cached(q, *self.cache.update(self.layer_number, k, v), hi=attention_mask[:, 1])
         return out.flatten(2).transpose(0, 1).contiguous()

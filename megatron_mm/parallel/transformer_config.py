@@ -21,10 +21,15 @@ class TrunkTransformerConfig(TransformerConfig):
     """Per-head QK LayerNorm. Not megatron-core's `qk_layernorm`, which would sum its gradients over TP ranks."""
     dropout_seed: int = 0
     attention_backend_name: str = "reference"
+    hides_keys: bool = True
 
 
 def transformer_config(
-    trunk: TrunkConfig, parallel: ParallelConfig, train: TrainConfig, attention_backend: str
+    trunk: TrunkConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    attention_backend: str,
+    hides_keys: bool = True,
 ) -> TrunkTransformerConfig:
     """The one place where our configuration becomes megatron-core's."""
     full = parallel.recompute_granularity == "full"
@@ -46,6 +51,7 @@ def transformer_config(
         head_norm=trunk.qk_layernorm,
         dropout_seed=train.seed,
         attention_backend_name=attention_backend,
+        hides_keys=hides_keys,
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
         init_method=_leave_as_built,
         output_layer_init_method=_leave_as_built,

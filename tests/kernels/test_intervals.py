@@ -94,7 +94,8 @@ def test_merged_chunks_are_the_whole_attention_forward_and_backward(implementati
     grads = [torch.zeros_like(t, dtype=torch.float64) for t in (q, k, v)]
     for mine in owners:
         parts = [
-            (theirs, *chunk_mask(rows, mine, theirs, CHUNK), rows_of(k, theirs), rows_of(v, theirs)) for theirs in owners
+            (theirs, *chunk_mask(rows, mine, theirs, CHUNK), rows_of(k, theirs), rows_of(v, theirs))
+            for theirs in owners
         ]
         partial = [forward(rows_of(q, mine), k_part, v_part, m, u, scale) for _, m, u, k_part, v_part in parts]
         outs, sums = (torch.stack(side) for side in zip(*partial, strict=True))

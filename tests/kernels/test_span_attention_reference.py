@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from megatron_mm import mask as masks
 
+
 def assert_matches(case, dtype=torch.float64, atol=1e-11):
     """Both ways to compute it: torch's attention, which gives the output, and the softmax written out."""
     inputs = case.inputs(dtype)

@@ -27,7 +27,7 @@ def test_dense_sdpa_is_the_reference_forward_and_backward():
     k, v = (torch.randn(2, 64, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weights = torch.randn(2, 64, 4, 8, dtype=torch.float64)
     results = []
-    for attend in (dense_sdpa, span_attention_reference):
+    for attend in (dense_sdpa, span_attention_reference):  # the span kernel: tests/kernels
         out = attend(q, k, v, packed_masks())
         results.append([out, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
     for ours, theirs in zip(*results, strict=True):
@@ -37,16 +37,30 @@ def test_dense_sdpa_is_the_reference_forward_and_backward():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_auto_runs_everywhere(causal):
-    assert select("auto", CPU, torch.float32, causal)[0] == "reference"
-    assert select("auto", CUDA, torch.float32, causal)[0] == "sdpa"
-    assert select("auto", CUDA, torch.bfloat16, False)[0] == "sdpa"
-    assert set(BACKENDS) == {"reference", "sdpa", "flash"}
+    assert select("auto", CPU, torch.float32, causal, 64)[0] == "reference"
+    assert select("auto", CUDA, torch.float32, causal, 64)[0] == "sdpa"
+    assert select("auto", CUDA, torch.bfloat16, causal, 64)[0] == "span"
+    assert select("auto", CUDA, torch.bfloat16, causal, 20)[0] == "sdpa"
+    assert set(BACKENDS) == {"span", "reference", "sdpa", "flash"}
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "causal", "why"),
-    [(CPU, torch.bfloat16, True, "CUDA"), (CUDA, torch.float32, True, "bf16"), (CUDA, torch.bfloat16, False, "causal")],
+    ("name", "device", "dtype", "causal", "why"),
+    [
+        ("flash", CPU, torch.bfloat16, True, "CUDA"),
+        ("flash", CUDA, torch.float32, True, "bf16"),
+        ("flash", CUDA, torch.bfloat16, False, "causal"),
+        ("span", CUDA, torch.float64, True, "float64"),
+    ],
 )
-def test_flash_says_why_it_cannot_run(device, dtype, causal, why):
-    with pytest.raises(ValueError, match=f"attention.backend=flash cannot run: .*{why}.*attention.backend=auto"):
-        select("flash", device, dtype, causal)
+def test_a_backend_says_why_it_cannot_run(name, device, dtype, causal, why):
+    with pytest.raises(ValueError, match=f"attention.backend={name} cannot run: .*{why}.*attention.backend=auto"):
+        select(name, device, dtype, causal, 64)
+
+
+def test_the_span_kernel_asks_for_cuda_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs CUDA"):
+        select("span", CPU, torch.float32, False, 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert select("span", CPU, torch.float32, False, 64) == ("span", "asked for")

@@ -29,7 +29,9 @@ def check(
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: expected one dtype.")
     if mask.ndim != 3 or mask.shape[0] != batch or mask.shape[1] not in (2, 3) or mask.shape[2] != queries:
-        raise ValueError(f"The mask is {list(mask.shape)}, expected [{batch}, 2 or 3, {queries}] for q {list(q.shape)}.")
+        raise ValueError(
+            f"The mask is {list(mask.shape)}, expected [{batch}, 2 or 3, {queries}] for q {list(q.shape)}."
+        )
     if mask.shape[1] == 3 and (until is not None or keys != queries):
         raise ValueError(
             f"A mask of three rows says `until` of {queries} keys itself; for {keys} keys give its first two rows, and "

@@ -47,7 +47,7 @@ def prepare_kernel(
     queries, keys, heads, mask_stride, until_stride, search_steps,
     HAS_DLSE: tl.constexpr, HAS_UNTIL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The row sums fp32 [B, H, 2, PAD + S], and the transposed mask: first and end int32 [B, K] (`intervals.transpose`).
+    """The row sums fp32 [B, H, 2, PAD + S]; the transposed mask, first and end int32 [B, K] (`intervals.transpose`).
 
     Row sums are lse in base 2 and D. A query that sees nothing gets lse = +inf and so no weight; so do PAD made-up
     queries before the first one, where a walk's shifted last block may reach.

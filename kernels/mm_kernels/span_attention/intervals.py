@@ -67,7 +67,8 @@ def chunk_mask(
         ends = [0, *(start + chunk_size for start in chunks)]
         if any(start < end for start, end in zip(chunks, ends, strict=False)) or ends[-1] > mask.shape[2]:
             raise ValueError(
-                f"Chunks of {chunk_size} starting at {list(chunks)} must ascend without overlap inside [0, {mask.shape[2]}]."
+                f"Chunks of {chunk_size} starting at {list(chunks)} must ascend without overlap inside "
+                f"[0, {mask.shape[2]}]."
             )
     rows = torch.cat([mask[:, :2, start : start + chunk_size] for start in query_chunks], dim=-1)
     until = torch.cat([mask[:, 2, start : start + chunk_size] for start in key_chunks], dim=-1)

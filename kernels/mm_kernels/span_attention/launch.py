@@ -59,7 +59,7 @@ class Problem:
         """Compile-time arguments: kernels are compiled once for each of their combinations, never for a length."""
         return {
             "BLOCK_D": padded_head_dim(self.head_dim),
-            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
         }
 
 

@@ -131,7 +131,9 @@ class _Tiles:
 
     def add_keys(self, i: int, into: torch.Tensor, values: torch.Tensor) -> None:
         """Adds values [N, G, K, D] of group i to `into` [B, K, G, D]."""
-        into.flatten(0, 1).index_add_(0, self._tensor(self._groups[i].keys.ravel()), values.transpose(1, 2).flatten(0, 1))
+        into.flatten(0, 1).index_add_(
+            0, self._tensor(self._groups[i].keys.ravel()), values.transpose(1, 2).flatten(0, 1)
+        )
 
     def _gather(self, tensor: torch.Tensor, index: np.ndarray, shapes: list[np.ndarray]) -> list[torch.Tensor]:
         parts = tensor.flatten(0, 1).index_select(0, self._tensor(index)).split([shape.size for shape in shapes])

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from mm_kernels.span_attention.configs import TileConfig, candidates, default
+from mm_kernels.span_attention.configs import TileConfig, candidates
 from mm_kernels.span_attention.launch import Problem
 
 LENGTH_CLASSES = (1024, 4096, 16384)
@@ -26,16 +26,15 @@ LENGTH_CLASSES = (1024, 4096, 16384)
 
 def choose(kernel: str, problem: Problem, run: Callable[[TileConfig], None]) -> TileConfig:
     """The configuration for `kernel` ("forward", "dq" or "dkv") on this problem; `run` launches it with another."""
-    itemsize = problem.q.element_size()
-    fallback = default(kernel, problem.head_dim, itemsize)
+    configs = candidates(kernel, problem.head_dim, problem.q.element_size())
     if problem.q.device.type != "cuda" or os.environ.get("MM_KERNELS_AUTOTUNE", "1") == "0":
-        return fallback
+        return configs[0]
     table = _table(torch.cuda.get_device_name(problem.q.device))
     key = _key(kernel, problem)
     if key not in table.found:
         if torch.cuda.is_current_stream_capturing():
-            return fallback
-        table.keep(key, _fastest(candidates(kernel, problem.head_dim, itemsize), run))
+            return configs[0]
+        table.keep(key, _fastest(configs, run))
     return table.found[key]
 
 
