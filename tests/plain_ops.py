@@ -11,13 +11,16 @@ class PlainOps:
     def vocab_embedding(self, vocab_size, hidden_size):
         return nn.Embedding(vocab_size, hidden_size)
 
-    def vocab_head(self, hidden_size, vocab_size, bias=False):
-        return nn.Linear(hidden_size, vocab_size, bias)
-
-    def cross_entropy(self, logits, labels):
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORE)
-        log_z = torch.where(labels != IGNORE, logits.logsumexp(-1), 0.0)
-        return loss.view_as(labels), log_z
+    def vocab_head(self, hidden_size, vocab_size):
+        return PlainHead(hidden_size, vocab_size, bias=False)
 
     def gather_logits(self, logits):
         return logits
+
+
+class PlainHead(nn.Linear):
+    def cross_entropy(self, hidden, labels):
+        logits = self(hidden)
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORE)
+        log_z = torch.where(labels != IGNORE, logits.logsumexp(-1), 0.0)
+        return loss.view_as(labels), log_z

@@ -25,6 +25,7 @@ class Chameleon:
 
     name = "chameleon"
     causal = True
+    hides_keys = False
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config
@@ -117,5 +118,5 @@ class ChameleonBack(nn.Module):
         return self.head(hidden)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
-        cross_entropy, log_z = self.ops.cross_entropy(self.logits(hidden), batch.fields["labels"])
+        cross_entropy, log_z = self.head.cross_entropy(hidden, batch.fields["labels"])
         return {"ce": cross_entropy.sum(), "z": log_z.square().sum()}

@@ -42,6 +42,7 @@ class Transfusion:
 
     name = "transfusion"
     causal = False
+    hides_keys = False
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)
@@ -185,7 +186,7 @@ class TransfusionBack(nn.Module):
         return self.patch_out(hidden, batch.images)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
-        text, _ = self.ops.cross_entropy(self.logits(hidden), batch.fields["labels"])
+        text, _ = self.head.cross_entropy(hidden, batch.fields["labels"])
         predicted = self.predict_noise(hidden, batch)
         precise = torch.promote_types(predicted.dtype, torch.float32)
         error = (predicted.to(precise) - batch.fields["noise"].to(precise)).square().mean(dim=-1)

@@ -12,23 +12,29 @@ import torch
 from torch import nn
 
 
+class VocabHead(Protocol):
+    """A torch module: hidden states [..., D] to this rank's share of the logits [..., V / TP]."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cross-entropy, log Z), each fp32 (fp64 for fp64 weights) [...], exact over the whole vocabulary.
+
+        `labels` int64 [...]; where a label is `IGNORE` both results are exactly 0 and give no gradient. The logits of
+        all positions never exist at once.
+        """
+        ...
+
+
 class ParallelOps(Protocol):
-    """Factory of vocabulary-parallel modules and the loss over their sharded logits."""
+    """Factory of the vocabulary-parallel modules."""
 
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """Module mapping tokens int64 [...] to embeddings [..., hidden_size], the full width on every rank."""
         ...
 
-    def vocab_head(self, hidden_size: int, vocab_size: int, bias: bool = False) -> nn.Module:
-        """Module mapping [..., hidden_size] to this rank's share of the logits [..., V / TP]."""
-        ...
-
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cross-entropy, log Z), each fp32 (fp64 for fp64 logits) [...], exact over the whole vocabulary.
-
-        `logits` [..., V / TP] is this rank's share and is left intact; `labels` int64 [...]; where a label is
-        `IGNORE` both results are exactly 0 and give no gradient.
-        """
+    def vocab_head(self, hidden_size: int, vocab_size: int) -> VocabHead:
+        """The output layer, without a bias."""
         ...
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:

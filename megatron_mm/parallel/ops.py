@@ -1,17 +1,16 @@
-"""`nn.ops.ParallelOps` on megatron-core: vocabulary-parallel embedding, head and loss."""
+"""`nn.ops.ParallelOps` on megatron-core: vocabulary-parallel embedding, and head with its loss."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import nn
 
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
-from megatron_mm.parallel.vocab_loss import VocabParallelCrossEntropy
+from megatron_mm.parallel.vocab_loss import vocab_parallel_linear_cross_entropy
 
 VOCAB_DIVISOR = 128
 """Vocabularies are padded to this multiple under every layout, so that checkpoints do not depend on the layout."""
@@ -37,29 +36,33 @@ class MegatronOps:
             padded_vocab_size(vocab_size), hidden_size, init_method=self._config.init_method, config=self._config
         )
 
-    def vocab_head(self, hidden_size: int, vocab_size: int, bias: bool = False) -> nn.Module:
-        return VocabHead(self._config, hidden_size, vocab_size, bias)
-
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return VocabParallelCrossEntropy.apply(logits, labels, mpu.get_tensor_model_parallel_group())
+    def vocab_head(self, hidden_size: int, vocab_size: int) -> VocabParallelHead:
+        return VocabParallelHead(self._config, hidden_size, vocab_size)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return gather_from_tensor_model_parallel_region(logits)
 
 
-class VocabHead(ColumnParallelLinear):
+class VocabParallelHead(ColumnParallelLinear):
     """Output layer whose padding entries never take part: their logits are the dtype's lowest value."""
 
-    def __init__(self, config: TrunkTransformerConfig, hidden_size: int, vocab_size: int, bias: bool):
+    def __init__(self, config: TrunkTransformerConfig, hidden_size: int, vocab_size: int):
         super().__init__(
-            hidden_size, padded_vocab_size(vocab_size), config=config, init_method=config.init_method, bias=bias
+            hidden_size, padded_vocab_size(vocab_size), config=config, init_method=config.init_method, bias=False
         )
-        share = padded_vocab_size(vocab_size) // mpu.get_tensor_model_parallel_world_size()
-        self._real = min(max(vocab_size - mpu.get_tensor_model_parallel_rank() * share, 0), share)
+        self._vocab_size = vocab_size
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A call of the module: megatron-core's DDP awaits a gathered weight in a hook before its module's forward.
+        return self(hidden, labels)
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None):
+        """The logits, or with labels what `cross_entropy` returns."""
+        if labels is not None:
+            return vocab_parallel_linear_cross_entropy(hidden, self.weight, labels, self._vocab_size, self.tp_group)
         logits, _ = super().forward(hidden)
-        if self._real < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=logits.device) >= self._real
+        real = self._vocab_size - self.tp_group.rank() * logits.shape[-1]
+        if real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         return logits

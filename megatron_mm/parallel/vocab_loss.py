@@ -1,50 +1,55 @@
-"""Cross-entropy and log Z over a vocabulary that is sharded over tensor-parallel ranks."""
+"""The head and its loss together, over a vocabulary that is sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from mm_kernels.vocab_loss import linear_cross_entropy
 
-from megatron_mm.types import IGNORE
 
+def vocab_parallel_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross-entropy, log Z) as `linear_cross_entropy` defines them, equal on every rank of `group`.
 
-class VocabParallelCrossEntropy(torch.autograd.Function):
-    """(cross-entropy, log Z) of sharded logits, with exact gradients of both.
+    Ranks meet twice: in the forward pass over two numbers a token, and in the backward pass over hidden's gradient,
+    which `copy_to_tensor_model_parallel_region` sums, as before any column-parallel layer.
 
-    megatron-core's own function overwrites fp32 logits in place and gives no log Z, which the z-loss needs.
+    Args:
+        hidden: [..., D], the same on every rank.
+        weight: [V / TP, D], this rank's rows of the head.
+        labels: int64 [...], the same on every rank.
+        vocab_size: entries of the whole vocabulary; rows beyond it are padding.
+        chunk: tokens whose logits exist at a time; see `linear_cross_entropy`.
+
+    Raises:
+        ValueError: on a CPU, a label that is not in the vocabulary; on CUDA it makes the loss and its gradients NaN.
     """
-
-    @staticmethod
-    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup):
-        """logits [..., V / TP], labels int64 [...] -> two tensors [...], in fp32 (fp64 for fp64 logits)."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        valid = labels != IGNORE
-        local = labels - group.rank() * logits.shape[-1]
-        mine = valid & (local >= 0) & (local < logits.shape[-1])
-        local = local.where(mine, torch.zeros_like(local)).unsqueeze(-1)
-
-        peak = logits.amax(-1)
-        _all_reduce(peak, dist.ReduceOp.MAX, group)
-        exp = (logits - peak.unsqueeze(-1)).exp_()
-        total = exp.sum(-1)
-        target = logits.gather(-1, local).squeeze(-1).where(mine, torch.zeros_like(peak))
-        both = torch.stack([total, target])
-        _all_reduce(both, dist.ReduceOp.SUM, group)
-        total, target = both.unbind()
-
-        log_z = total.log() + peak
-        ctx.save_for_backward(exp.div_(total.unsqueeze(-1)), local, mine, valid)
-        zero = torch.zeros_like(log_z)
-        return (log_z - target).where(valid, zero), log_z.where(valid, zero)
-
-    @staticmethod
-    def backward(ctx, grad_ce: torch.Tensor, grad_log_z: torch.Tensor):
-        softmax, local, mine, valid = ctx.saved_tensors
-        grad = softmax * ((grad_ce + grad_log_z) * valid).unsqueeze(-1)
-        grad.scatter_add_(-1, local, -(grad_ce * mine).unsqueeze(-1))
-        return grad, None, None
+    return linear_cross_entropy(
+        copy_to_tensor_model_parallel_region(hidden, group),
+        weight,
+        labels,
+        vocab_size=vocab_size,
+        first=group.rank() * len(weight),
+        merge=partial(_merge_shards, group=group) if group.size() > 1 else None,
+        chunk=chunk,
+    )
 
 
-def _all_reduce(tensor: torch.Tensor, op, group: dist.ProcessGroup) -> None:
-    if group.size() > 1:
-        dist.all_reduce(tensor, op, group)
+def _merge_shards(
+    log_sum_exp: torch.Tensor, target: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log Z, the label's logit) of the whole vocabulary, each [N], from every shard's, in one exchange."""
+    mine = torch.stack([log_sum_exp, target])
+    shards = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(shards, mine, group)
+    log_sum_exps, targets = torch.stack(shards, 1)
+    return log_sum_exps.logsumexp(0), targets.sum(0)

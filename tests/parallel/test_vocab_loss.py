@@ -1,97 +1,119 @@
-"""The vocabulary-parallel loss against plain torch in float64."""
+"""The vocabulary-parallel head with its loss against plain torch in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from megatron.core import parallel_state as mpu
 
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.config.schema import ParallelConfig, TrainConfig
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.ops import MegatronOps
 from megatron_mm.parallel.transformer_config import transformer_config
+from megatron_mm.parallel.vocab_loss import vocab_parallel_linear_cross_entropy
 from megatron_mm.types import IGNORE
 
-VOCAB, ROWS, LENGTH, HIDDEN = 24, 2, 9, 8
-LOWEST = torch.finfo(torch.float64).min
+VOCAB, PADDED, ROWS, LENGTH, HIDDEN = 21, 24, 2, 9, 8
 
 
-def problem():
-    """Logits with large values, a vocabulary padding at the dtype's lowest, labels of every share and IGNORE."""
+def problem(vocab=VOCAB):
+    """Hidden states and weights that make large logits, labels of every shard and IGNORE, weights of every token."""
     generator = torch.Generator().manual_seed(0)
-    logits = 30 * torch.randn(ROWS, LENGTH, VOCAB, dtype=torch.float64, generator=generator)
-    logits[..., -3:] = LOWEST
-    labels = torch.randint(VOCAB - 3, (ROWS, LENGTH), generator=generator)
-    labels[0, :4] = torch.tensor([0, VOCAB // 2 - 1, VOCAB // 2, VOCAB - 4])
+    hidden = 5 * torch.randn(ROWS, LENGTH, HIDDEN, dtype=torch.float64, generator=generator)
+    weight = 5 * torch.randn(PADDED, HIDDEN, dtype=torch.float64, generator=generator)
+    labels = torch.randint(vocab, (ROWS, LENGTH), generator=generator)
+    labels[0, :4] = torch.tensor([0, vocab // 2 - 1, vocab // 2, vocab - 1])
     labels[:, 5::3] = IGNORE
     weights = torch.rand(2, ROWS, LENGTH, dtype=torch.float64, generator=generator)
-    return logits, labels, weights
+    return hidden, weight, labels, weights
 
 
-def sharded_loss(init, tp):
-    """This rank's (cross-entropy, log Z, gradient of its logits), and whether it left the logits as they were."""
+def total(losses, weights):
+    cross_entropy, log_z = losses
+    return (weights[0] * cross_entropy + weights[1] * log_z.square()).sum()
+
+
+def torchs_losses(logits, labels):
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    return cross_entropy, logits.logsumexp(-1).masked_fill(labels == IGNORE, 0.0)
+
+
+def sharded_losses(init, tp, vocab, chunk):
+    """This rank's (cross-entropy, log Z, gradient of all hidden states, gradient of its share of the weight)."""
     with process_groups(ParallelConfig(tensor_model_parallel_size=tp), 0, torch.device("cpu"), **init) as layout:
-        logits, labels, weights = problem()
-        ours = logits.chunk(tp, -1)[layout.tp_rank].clone().requires_grad_()
-        before = ours.detach().clone()
-        config = transformer_config(
-            TrunkConfig(), ParallelConfig(tensor_model_parallel_size=tp), TrainConfig(), "reference"
-        )
-        cross_entropy, log_z = MegatronOps(config).cross_entropy(ours, labels)
-        (weights[0] * cross_entropy + weights[1] * log_z.square()).sum().backward()
-        return cross_entropy.detach(), log_z.detach(), ours.grad, torch.equal(ours.detach(), before)
+        hidden, weight, labels, weights = problem(vocab)
+        hidden.requires_grad_()
+        share = weight.chunk(tp)[layout.tp_rank].clone().requires_grad_()
+        group = mpu.get_tensor_model_parallel_group()
+        losses = vocab_parallel_linear_cross_entropy(hidden, share, labels, vocab, group, chunk)
+        total(losses, weights).backward()
+        return *(loss.detach() for loss in losses), hidden.grad, share.grad
 
 
+@pytest.mark.parametrize(("vocab", "chunk"), [(VOCAB, None), (VOCAB, 5), (5, 1)])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_loss_and_gradient_are_exact(tp):
-    logits, labels, weights = problem()
-    logits.requires_grad_()
-    valid = labels != IGNORE
-    theirs = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    their_z = torch.where(valid, logits.logsumexp(-1), 0.0)
-    (weights[0] * theirs + weights[1] * their_z.square()).sum().backward()
+def test_losses_and_gradients_are_exact(tp, vocab, chunk):
+    """With 5 entries two or three of four shards are nothing but padding."""
+    hidden, weight, labels, weights = problem(vocab)
+    hidden.requires_grad_(), weight.requires_grad_()
+    theirs = torchs_losses(hidden @ weight[:vocab].T, labels)
+    total(theirs, weights).backward()
 
-    results = run_ranks(sharded_loss, tp, tp)
-    for cross_entropy, log_z, _, intact in results:
-        torch.testing.assert_close(cross_entropy, theirs.detach(), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(log_z, their_z.detach(), rtol=1e-12, atol=1e-12)
-        assert (cross_entropy[~valid] == 0).all() and (log_z[~valid] == 0).all()
-        assert intact, "the logits are the caller's"
-    gradient = torch.cat([shard for _, _, shard, _ in results], -1)
-    torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-12)
-    assert (gradient[~valid] == 0).all() and (gradient[..., -3:] == 0).all()
-
-
-def low_precision_loss(init):
-    with process_groups(ParallelConfig(), 0, torch.device("cpu"), **init):
-        config = transformer_config(TrunkConfig(), ParallelConfig(), TrainConfig(), "reference")
-        logits, labels, _ = problem()
-        logits = logits.clamp(-100, 100).bfloat16().requires_grad_()
-        cross_entropy, log_z = MegatronOps(config).cross_entropy(logits, labels)
-        (cross_entropy + log_z).sum().backward()
-        return logits.detach(), cross_entropy.detach(), log_z.detach(), logits.grad
+    results = run_ranks(sharded_losses, tp, tp, vocab, chunk)
+    for cross_entropy, log_z, hidden_grad, _ in results:
+        torch.testing.assert_close((cross_entropy, log_z), theirs, rtol=1e-12, atol=1e-12)
+        assert (cross_entropy[labels == IGNORE] == 0).all() and (log_z[labels == IGNORE] == 0).all()
+        torch.testing.assert_close(hidden_grad, hidden.grad, rtol=1e-12, atol=1e-12)
+        assert (hidden_grad[labels == IGNORE] == 0).all()
+    weight_grad = torch.cat([share for *_, share in results])
+    torch.testing.assert_close(weight_grad, weight.grad, rtol=1e-12, atol=1e-12)
+    assert (weight_grad[vocab:] == 0).all()
 
 
-def test_bf16_logits_give_fp32_losses():
-    logits, cross_entropy, log_z, gradient = run_ranks(low_precision_loss, 1)[0]
-    _, labels, _ = problem()
-    assert cross_entropy.dtype == log_z.dtype == torch.float32 and gradient.dtype == torch.bfloat16
-    theirs = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    torch.testing.assert_close(cross_entropy, theirs)
-
-
-def head_logits(init, tp):
+def head_of(tp):
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
-    with process_groups(parallel, 0, torch.device("cpu"), **init):
-        ops = MegatronOps(transformer_config(TrunkConfig(), parallel, TrainConfig(), "reference"))
-        head, embedding = ops.vocab_head(HIDDEN, VOCAB), ops.vocab_embedding(VOCAB, HIDDEN)
+    ops = MegatronOps(transformer_config(TrunkConfig(), parallel, TrainConfig(), "reference"))
+    return ops, ops.vocab_head(HIDDEN, VOCAB)
+
+
+def head_losses(init, tp):
+    """All logits, the losses, how often the head's hooks ran for losses, and the error of a label in the padding."""
+    with process_groups(ParallelConfig(tensor_model_parallel_size=tp), 0, torch.device("cpu"), **init):
+        ops, head = head_of(tp)
+        hidden, _, labels, _ = problem()
+        generator = torch.Generator().manual_seed(mpu.get_tensor_model_parallel_rank())
+        torch.nn.init.normal_(head.weight, generator=generator)
+        logits = ops.gather_logits(head(hidden.float()))
+        calls = []
+        head.register_forward_pre_hook(lambda *_: calls.append(None))
+        losses = head.cross_entropy(hidden.float(), labels)
+        labels = labels.where(labels != 0, VOCAB)
+        with pytest.raises(ValueError) as error:
+            head.cross_entropy(hidden.float(), labels)
+        return logits.detach(), [loss.detach() for loss in losses], len(calls), str(error.value)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_heads_losses_are_those_of_its_logits(tp):
+    """And they run its hooks, in which megatron-core's DDP awaits a weight that is still being gathered."""
+    for logits, losses, calls, error in run_ranks(head_losses, tp, tp):
+        theirs = torchs_losses(logits[..., :VOCAB], problem()[2])
+        torch.testing.assert_close(tuple(losses), theirs)
+        assert calls == 2 and "A label is 21, but the vocabulary has 21 entries" in error
+
+
+def padded_logits(init, tp):
+    with process_groups(ParallelConfig(tensor_model_parallel_size=tp), 0, torch.device("cpu"), **init):
+        ops, head = head_of(tp)
+        embedding = ops.vocab_embedding(VOCAB, HIDDEN)
         torch.nn.init.ones_(head.weight)
         return ops.gather_logits(head(torch.ones(ROWS, HIDDEN))), len(embedding.weight) * tp
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_padding_of_the_vocabulary_does_not_depend_on_tp_and_is_never_drawn(tp):
-    for logits, rows in run_ranks(head_logits, tp, tp):
+    for logits, rows in run_ranks(padded_logits, tp, tp):
         assert rows == logits.shape[-1] == 128
         assert (logits[..., :VOCAB] == HIDDEN).all()
         assert (logits[..., VOCAB:] == torch.finfo(torch.float32).min).all()
