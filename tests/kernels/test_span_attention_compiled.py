@@ -96,7 +96,7 @@ def test_default_tiles_compile_for_hopper_without_spills_to_speak_of(probe):
     for row in probe["resources"]:
         assert row["hgmma"] >= 16 and row["tma_loads"] >= 8, f"not on the fast path: {row}"
         assert row["shared_bytes"] <= 163 * 1024, f"more than an A100 has: {row}"
-        assert row["spill_bytes"] <= 80, f"loop variables spill: {row}"
+        assert row["spill_bytes"] <= 96, f"more than a few scalars around the loops spill: {row}"
 
 
 @pytest.mark.slow

@@ -1,0 +1,27 @@
+"""A run gives the same curve whichever backend computes its attention."""
+
+import pytest
+from tiny_runs import FAMILIES, overrides_for, run_training
+
+SHORT = (
+    "train.train_iters=3",
+    "train.global_batch_size=2",
+    "model.trunk.num_layers=2",
+    "parallel.recompute_granularity=full",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_span_kernel_trains_as_the_reference_does(family, shards, tmp_path):
+    """Under recompute, on two tensor-parallel ranks; without a GPU in Triton's interpreter."""
+    runs = {}
+    for backend, ranks in (("reference", 1), ("span", 1), ("span", 2), ("sdpa", 1)):
+        folder = tmp_path / f"{backend}{ranks}"
+        layout = (f"attention.backend={backend}", f"parallel.tensor_model_parallel_size={ranks}")
+        runs[backend, ranks] = run_training(overrides_for(family, shards, folder, *SHORT, *layout), ranks)
+    truth = runs.pop(("reference", 1))
+    for run in runs.values():
+        for step, true in zip(run, truth, strict=True):
+            assert step["loss"] == pytest.approx(true["loss"], rel=1e-5)
+            assert step["grad_norm"] == pytest.approx(true["grad_norm"], rel=1e-4)
