@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import triton
@@ -32,21 +33,26 @@ class Compiled:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of one program."""
-        return self.kernel.metadata.shared
+        return int(self.kernel.metadata.shared)
 
     @property
     def registers(self) -> int:
         """Registers of one thread."""
-        return int(re.search(r"REG:(\d+)", self._inspect("--dump-resource-usage"))[1])
+        return self._resource("REG")
 
     @property
     def spill_bytes(self) -> int:
         """Local memory of one thread: what did not fit into registers."""
-        return int(re.search(r"STACK:(\d+)", self._inspect("--dump-resource-usage"))[1])
+        return self._resource("STACK")
 
     def count(self, instruction: str) -> int:
         """How often an instruction stands in the machine code, e.g. HGMMA (Hopper's matrix product)."""
         return len(re.findall(rf"\b{instruction}\b", self._machine_code))
+
+    def _resource(self, name: str) -> int:
+        found = re.search(rf"{name}:(\d+)", self._inspect("--dump-resource-usage"))
+        assert found is not None, f"cuobjdump says nothing of {name}"
+        return int(found[1])
 
     @cached_property
     def _machine_code(self) -> str:
@@ -69,7 +75,7 @@ def compiling(capability: int = 90) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
     run = JITFunction.run
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append(Compiled(self.__name__, kernel))
         return kernel

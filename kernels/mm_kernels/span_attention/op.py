@@ -49,14 +49,15 @@ def span_attention(
     check(q, k, v, mask, until, scale)
     _check_dtype(q)
     rows, until = split_mask(mask, until)
-    return _forward(q, k, v, rows, until, scale)
+    out, lse = _forward(q, k, v, rows, until, scale)
+    return out, lse
 
 
 @torch.library.custom_op("mm_kernels::span_attention", mutates_args=())
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, until: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    problem = launch.Problem(*map(_addressable, (q, k, v)), _dense_rows(mask), _dense_rows(until), scale)
+    problem = _problem(q, k, v, mask, until, scale)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     config = choose("forward", problem, lambda config: launch.forward(problem, out, lse, config))
@@ -81,7 +82,7 @@ def backward(
 
     `out` and `lse` may be those of more keys than these (a ring's merged result): then the result is these keys' part.
     """
-    problem = launch.Problem(*map(_addressable, (q, k, v)), _dense_rows(mask), _dense_rows(until), scale)
+    problem = _problem(q, k, v, mask, until, scale)
     dout, out = _addressable(dout), _addressable(out)
     dlse = None if dlse is None else dlse.contiguous()
     sums, transposed = launch.prepare(problem, out, lse.contiguous(), dout, dlse)
@@ -118,6 +119,13 @@ def _differentiate(ctx, dout, dlse):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def _problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, until: torch.Tensor | None, scale: float
+) -> launch.Problem:
+    until = None if until is None else _dense_rows(until)
+    return launch.Problem(_addressable(q), _addressable(k), _addressable(v), _dense_rows(mask), until, scale)
+
+
 def _check_dtype(q: torch.Tensor) -> None:
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"q is {q.dtype}: the kernel runs in bfloat16, float16 and float32.")
@@ -133,5 +141,5 @@ def _addressable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _dense_rows(rows: torch.Tensor | None) -> torch.Tensor | None:
-    return rows if rows is None or rows.stride(-1) == 1 else rows.contiguous()
+def _dense_rows(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -13,6 +13,8 @@ Shape legend: B rows, S queries, K keys, H = G * R query heads, G key/value head
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,9 @@ def span_attention_reference(
     tiles = _Tiles(q, k, mask, until)
     outs = [
         F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q_tiles, k_tiles, v_tiles)),
+            q_tiles.transpose(1, 2),
+            k_tiles.transpose(1, 2),
+            v_tiles.transpose(1, 2),
             attn_mask=allowed[:, None],
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
@@ -107,7 +111,7 @@ class _Tiles:
             for name in ("queries", "keys", "real")
         )
 
-    def zip(self, *sides: list[torch.Tensor]):
+    def zip(self, *sides: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
         """One tuple a group: its part of every side, and which of its queries see which keys, bool [N, Q, K]."""
         return zip(*sides, (self._tensor(group.allowed) for group in self._groups), strict=True)
 
@@ -146,7 +150,8 @@ class _Tiles:
 def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """[N, Q, G * R, D] -> [N, G, R, Q, D], in fp32 at least."""
     precise = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.to(precise).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    n, queries, _, width = tensor.shape
+    return tensor.to(precise).view(n, queries, groups, -1, width).permute(0, 2, 3, 1, 4)
 
 
 def _by_position(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,7 @@ def mask(name: str, length: int, row: int = 0) -> np.ndarray:
     """
     if name not in DISTRIBUTIONS:
         raise ValueError(f"There is no distribution {name!r}; use one of {', '.join(DISTRIBUTIONS)}.")
-    rng = np.random.default_rng([zlib.crc32(name.encode()), length, row])
-    return DISTRIBUTIONS[name](length, rng)
+    return DISTRIBUTIONS[name](length, np.random.default_rng([zlib.crc32(name.encode()), length, row]))
 
 
 def documents(intervals: np.ndarray) -> np.ndarray:
@@ -58,7 +57,7 @@ def _document(start: int, length: int, spans: Spans) -> np.ndarray:
     hi = np.arange(1, length + 1)
     for first, end in spans:
         hi[first:end] = min(end, length)
-    return np.stack([np.zeros(length), hi]).astype(np.int32) + np.int32(start)
+    return np.stack([np.full(length, start), hi + start]).astype(np.int32)
 
 
 def _pack(
@@ -108,7 +107,8 @@ def _window(length: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack([np.maximum(lo, hi - WINDOW), hi])
 
 
-DISTRIBUTIONS: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
+Draw = Callable[[int, np.random.Generator], np.ndarray]
+DISTRIBUTIONS: dict[str, Draw] = {
     "full": lambda length, rng: _document(0, length, [(0, length)]),
     "causal": lambda length, rng: _document(0, length, []),
     "docs": lambda length, rng: _pack(length, rng, lambda r: (_lognormal(r), [])),

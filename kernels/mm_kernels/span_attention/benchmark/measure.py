@@ -29,7 +29,7 @@ def median(call: Callable[[], object], device: torch.device, milliseconds: int) 
         from triton.testing import do_bench  # Triton is not a dependency on a CPU
 
         return do_bench(call, warmup=milliseconds // 4, rep=milliseconds, return_mode="median")
-    times = []
+    times: list[float] = []
     while sum(times) * 1e3 < milliseconds or len(times) < 3:
         start = time.perf_counter()
         call()

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mm_kernels.span_attention.benchmark.distributions import area, documents, mask
 from mm_kernels.span_attention.reference import span_attention_reference
+
+if importlib.util.find_spec("triton") is not None:  # a CPU installation may lack it
+    from mm_kernels.span_attention.op import span_attention
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,6 @@ def span(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
     """Ours."""
     if case.device.type != "cuda":
         return None
-    from mm_kernels.span_attention.op import span_attention  # needs Triton, which a CPU installation may lack
-
     q, k, v, _ = case.qkv
     return lambda: span_attention(q, k, v, case.mask)[0], (q, k, v)
 
@@ -106,7 +107,7 @@ def flex(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
     return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=case.heads != case.kv_heads), (q, k, v)
 
 
-def block_mask(case: Case) -> Callable[[], object]:
+def block_mask(case: Case) -> Callable[[], BlockMask]:
     """What FlexAttention needs anew for every batch of packed documents."""
     lo, hi = case.mask.unbind(1)
     predicate = lambda b, h, i, j: (lo[b, i] <= j) & (j < hi[b, i])  # noqa: E731
