@@ -10,7 +10,7 @@ from mm_kernels.span_attention.benchmark import __main__ as benchmark
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS, IMAGES, area, documents, mask
 from mm_kernels.span_attention.benchmark.measure import wrong
 from mm_kernels.span_attention.benchmark.peers import PEERS, Case
-from mm_kernels.span_attention.benchmark.work import grid_tiles, span_tiles
+from mm_kernels.span_attention.benchmark.work import grid_tiles, picture, span_tiles, walked_blocks
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megatron_mm import mask as masks
@@ -72,6 +72,13 @@ def test_counts_of_work(name):
         tiles += len(walked)
         masked += sum(not everyone[at : at + 32].all() or at + 32 > end for at in walked)
     assert span_tiles(intervals, 64, 32) == (tiles, masked)
+    drawn = list(walked_blocks(intervals, 64, 32))
+    assert (len(drawn), sum(with_mask for *_, with_mask in drawn)) == (tiles, masked)
+
+
+def test_the_picture_of_the_walk(tmp_path):
+    picture(tmp_path / "tiles.png", names=("docs", "t2i"), length=512)
+    assert (tmp_path / "tiles.png").stat().st_size > 3_000
 
 
 def run(monkeypatch, *arguments):

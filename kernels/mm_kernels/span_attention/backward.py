@@ -13,7 +13,7 @@ import triton.language as tl
 from mm_kernels.span_attention.tiles import load_intervals, masked_block, split_range, tile_of_program
 
 PAD = tl.constexpr(128)
-"""Made-up queries before the first, and the tile of the preparation: no less than any BLOCK_Q."""
+"""Places before the first query's row sums, and the tile of the preparation: no less than any BLOCK_Q."""
 MASK_POINTERS = ("lo_ptr", "hi_ptr", "until_ptr", "first_ptr", "end_ptr")
 
 
@@ -49,16 +49,12 @@ def prepare_kernel(
 ):  # fmt: skip
     """The row sums fp32 [B, H, 2, PAD + S]; the transposed mask, first and end int32 [B, K] (`intervals.transpose`).
 
-    Row sums are lse in base 2 and D. A query that sees nothing gets lse = +inf and so no weight; so do PAD made-up
-    queries before the first one, where a walk's shifted last block may reach.
+    Row sums are lse in base 2 and D, behind PAD places that a walk's shifted last block may read, but never counts.
     """
     start, head, batch = tl.program_id(0) * PAD, tl.program_id(1), tl.program_id(2)
     index = start + tl.arange(0, PAD)
     row = batch.to(tl.int64) * heads + head
     lse_out_ptr, delta_ptr = _row_sums(sums_ptr, row, queries)
-    if start == 0:
-        tl.store(lse_out_ptr - PAD + index, tl.full([PAD], float("inf"), tl.float32))
-        tl.store(delta_ptr - PAD + index, tl.zeros([PAD], tl.float32))
     if start < queries:
         inside = index < queries
         out = out_desc.load([batch, head, start, 0]).reshape(PAD, BLOCK_D).to(tl.float32)
@@ -67,8 +63,7 @@ def prepare_kernel(
         if HAS_DLSE:
             delta -= tl.load(dlse_ptr + row * queries + index, mask=inside, other=0.0)
         lse = tl.load(lse_ptr + row * queries + index, mask=inside, other=0.0)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-        tl.store(lse_out_ptr + index, lse, mask=inside)
+        tl.store(lse_out_ptr + index, lse * 1.4426950408889634, mask=inside)
         tl.store(delta_ptr + index, delta, mask=inside)
     if (head == 0) & (start < keys):
         mask_offset = batch.to(tl.int64) * mask_stride

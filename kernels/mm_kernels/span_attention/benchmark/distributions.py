@@ -57,7 +57,8 @@ def _document(start: int, length: int, spans: Spans) -> np.ndarray:
     hi = np.arange(1, length + 1)
     for first, end in spans:
         hi[first:end] = min(end, length)
-    return np.stack([np.full(length, start), hi + start]).astype(np.int32)
+    rows: np.ndarray = np.stack([np.full(length, start), hi + start]).astype(np.int32)
+    return rows
 
 
 def _pack(

@@ -1,6 +1,6 @@
 """How much of a kernel's work is wasted on pairs that the mask forbids: counted, not timed, and so without a GPU.
 
-    python -m mm_kernels.span_attention.benchmark.work --lengths 8192 32768
+    python -m mm_kernels.span_attention.benchmark.work --lengths 8192 32768 [--picture tiles.png]
 
 For each distribution and tile size: allowed pairs over the pairs of all tiles that are multiplied (1 is perfect), and
 the share of those tiles that need mask code. Beside it the same for block masks of 128 x 128 on a fixed grid, which is
@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -65,10 +66,45 @@ def table(lengths: list[int], rows: int = 4) -> Iterator[dict[str, object]]:
                 yield dict(zip(COLUMNS, (name, length, tiles, f"{useful:.3f}", f"{share:.3f}"), strict=True))
 
 
+def walked_blocks(intervals: np.ndarray, block_q: int, block_k: int) -> Iterator[tuple[int, int, bool]]:
+    """(first query, first key, whether mask code runs) of every tile that the forward kernel multiplies."""
+    lo, hi = intervals.astype(np.int64)
+    for query in range(0, len(lo), block_q):
+        rows = slice(query, query + block_q)
+        start, end = lo[rows].min(), hi[rows].max()
+        for key in range(start, end, block_k):
+            yield query, key, bool(key < lo[rows].max() or key + block_k > hi[rows].min())
+
+
+def picture(path: Path, names: Sequence[str] = ("docs", "interleaved", "t2i", "mmada"), length: int = 4096) -> None:
+    """What is allowed (dark), and the tiles that are walked: with mask code (orange frame) and without (blue)."""
+    import matplotlib  # counting does not need it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.9), layout="constrained")
+    for ax, name in zip(axes, names, strict=True):
+        intervals = mask(name, length)
+        key = np.arange(length)
+        allowed = (intervals[0][:, None] <= key) & (key < intervals[1][:, None])
+        ax.imshow(allowed, cmap="Greys", vmax=2.5, interpolation="nearest")
+        for query, first, masked in walked_blocks(intervals, 128, 128):
+            color = "tab:orange" if masked else "tab:blue"
+            ax.add_patch(plt.Rectangle((first, query), 128, 128, fill=False, lw=0.5, ec=color))
+        ax.set(title=name, xlim=(0, length), ylim=(length, 0), xlabel="key", xticks=(), yticks=())
+    axes[0].set_ylabel("query")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--picture", type=Path, help="also draw some masks with the tiles that are walked")
     args = parser.parse_args()
+    if args.picture is not None:
+        picture(args.picture)
     writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()
     writer.writerows(table(args.lengths))
