@@ -144,7 +144,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, row: dict[str, object]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*KEY, *FIGURES])
+        writer = csv.DictWriter(file, [*KEY, *FIGURES], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)

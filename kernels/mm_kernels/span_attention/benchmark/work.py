@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.picture is not None:
         picture(args.picture)
-    writer = csv.DictWriter(sys.stdout, COLUMNS)
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table(args.lengths))
 
