@@ -21,6 +21,7 @@ from megatron_mm.config.schema import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
+    FusionConfig,
     LoggingConfig,
     OptimConfig,
     ParallelConfig,
@@ -56,6 +57,7 @@ class Config:
     run: RunConfig = RunConfig()
     logging: LoggingConfig = LoggingConfig()
     attention: AttentionConfig = AttentionConfig()
+    fusion: FusionConfig = FusionConfig()
 
 
 def compose(overrides: list[str]) -> Config:

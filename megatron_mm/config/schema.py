@@ -1,4 +1,4 @@
-"""The groups that say how a run goes: parallel, train, optim, data, checkpoint, run, logging, attention.
+"""The groups that say how a run goes: parallel, train, optim, data, checkpoint, run, logging, attention, fusion.
 
 Names are Megatron-LM's where it has one. Everything that can be derived is a property, not a key.
 """
@@ -121,3 +121,12 @@ class AttentionConfig:
     backend: str = choice("auto", "span", "flash", "sdpa", "reference")
     """`span` is our fused kernel, `reference` plain torch over the mask's intervals, `sdpa` torch's attention with a
     dense mask; `flash` is flash-attn, where the mask is plain packed causal."""
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    elementwise: str = choice("auto", "eager", "compile")
+    """RoPE, SwiGLU, head norms, and dropout with its residual: `compile` makes one kernel of each by torch.compile.
+    `auto` does so on CUDA."""
+    rms_norm: str = choice("torch", "liger")
+    """Torch's own kernel (fused on CUDA), or Liger's."""

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_mm.config.compose import Config
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
-from megatron_mm.nn.attention import select
+from megatron_mm.nn import attention, fusion
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.model import StageModel
@@ -48,10 +48,14 @@ class StepMetrics:
 
 def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
     """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
-    backend, why = select(config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim)
+    backend, why = attention.select(
+        config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim
+    )
+    fused, parts = fusion.select(config.fusion, device)
     if layout.rank == 0:
         logger.info("attention backend: %s (%s)", backend, why)
-    core = transformer_config(family.trunk, config.parallel, config.train, backend, family.hides_keys)
+        logger.info("elementwise parts: %s", parts)
+    core = transformer_config(family.trunk, config.parallel, config.train, backend, family.hides_keys, fused)
     chunks = []
     for stage in range(layout.virtual_stages):
         virtual = stage if layout.virtual_stages > 1 else None

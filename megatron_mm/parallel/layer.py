@@ -1,4 +1,4 @@
-"""The transformer layer as megatron-core specs: where our attention, norms and dropout enter it."""
+"""The transformer layer as megatron-core specs: where our attention, RoPE, norms and dropout enter it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from megatron_mm.nn.dropout import hash_tokens, hashed_dropout
+from megatron_mm.nn.dropout import hash_tokens
+from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
 from megatron_mm.parallel.norms import HeadNorm, RMSNorm
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
@@ -26,16 +27,37 @@ class ResidualAdd(nn.Module):
         super().__init__()
         swin = config.norm_placement == "swin"
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if swin else IdentityOp()
+        self.add_dropped = compiled(add_dropped) if config.compiled_elementwise else add_dropped
         self.token_hash: torch.Tensor | None = None
 
     def forward(self, training: bool, fused: bool):
         def add(x_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, p: float) -> torch.Tensor:
             x = self.norm(x_with_bias[0])
             if training and p > 0.0:
-                x = hashed_dropout(x, p, self.token_hash)
+                return self.add_dropped(residual, x, p, self.token_hash)
             return residual + x
 
         return add
+
+
+class RotarySelfAttention(SelfAttention):
+    """megatron-core's self-attention with RoPE by `nn.fusion.rotate`: a function that can be compiled, and cosines and
+    sines that all layers share. `rotary_pos_emb` is a `rotary_table` [S, B, 1, Dh]."""
+
+    def __init__(self, config: TrunkTransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.rotate = compiled(rotate) if config.compiled_elementwise else rotate
+        self.table: torch.Tensor | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, rotary_pos_emb: torch.Tensor, **kwargs
+    ):
+        self.table = rotary_pos_emb  # read below within this very call, so recompute and schedules need not know of it
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return self.rotate(query, self.table), self.rotate(key, self.table), value
 
 
 class PackedTransformerLayer(TransformerLayer):
@@ -67,7 +89,7 @@ def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> Transfo
         submodules=TransformerLayerSubmodules(
             input_layernorm=pre_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotarySelfAttention,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SpanAttention,

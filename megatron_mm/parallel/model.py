@@ -16,6 +16,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from megatron_mm.families.base import Family
+from megatron_mm.nn.fusion import rotary_table
 from megatron_mm.parallel.layer import block_spec
 from megatron_mm.parallel.ops import MegatronOps
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
@@ -66,18 +67,15 @@ class StageModel(MegatronModule):
             x = self.front(batch).transpose(0, 1).contiguous()
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
-        x = self.decoder(x, attention_mask=batch.meta, rotary_pos_emb=self._rotary_angles(batch.meta[:, 3]))
+        x = self.decoder(x, attention_mask=batch.meta, rotary_pos_emb=self._rotary_table(batch.meta[:, 3]))
         if self.post_process and self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return x
 
-    def _rotary_angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """Angles [S, B, 1, head_dim] of positions [B, S], in the half-split arrangement."""
-        precise = torch.float64 if self.config.params_dtype == torch.float64 else torch.float32
-        dim = self.config.kv_channels
-        exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
-        angles = positions.t()[..., None].to(precise) * (self.rotary_base**-exponents).to(precise)
-        return torch.cat([angles, angles], -1).unsqueeze(2)
+    def _rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
+        """`rotary_table` [S, B, 1, head_dim] of positions [B, S]."""
+        precise = torch.promote_types(self.config.params_dtype, torch.float32)
+        return rotary_table(positions.t(), self.config.kv_channels, self.rotary_base, precise).unsqueeze(2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Sharded tensors under layout-free names: `front.*`, `decoder.layers.<global number>.*`, `back.*`."""

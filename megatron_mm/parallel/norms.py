@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
+from megatron_mm.nn.fusion import compiled, liger_rms_norm, norm_heads
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
 
@@ -18,6 +18,10 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TrunkTransformerConfig, hidden_size: int, eps: float):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.weight.sequence_parallel = config.sequence_parallel
+        self.liger = config.liger_rms_norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return liger_rms_norm(x, self.weight, self.eps) if self.liger else super().forward(x)
 
 
 class HeadNorm(nn.Module):
@@ -32,6 +36,7 @@ class HeadNorm(nn.Module):
         shape = (heads // config.tensor_model_parallel_size, hidden_size)
         options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.eps = eps
+        self.norm_heads = compiled(norm_heads) if config.compiled_elementwise else norm_heads
         self.weight = nn.Parameter(torch.ones(shape, **options))
         self.bias = nn.Parameter(torch.zeros(shape, **options))
         for param in (self.weight, self.bias):
@@ -40,7 +45,7 @@ class HeadNorm(nn.Module):
             param.partition_dim, param.partition_stride = 0, 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight + self.bias
+        return self.norm_heads(x, self.weight, self.bias, self.eps)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return make_sharded_tensors_for_checkpoint(

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.config.schema import ParallelConfig, TrainConfig
+from megatron_mm.config.schema import FusionConfig, ParallelConfig, TrainConfig
+
+EAGER = FusionConfig("eager", "torch")
 
 
 @dataclass
@@ -22,6 +24,8 @@ class TrunkTransformerConfig(TransformerConfig):
     dropout_seed: int = 0
     attention_backend_name: str = "reference"
     hides_keys: bool = True
+    compiled_elementwise: bool = False
+    liger_rms_norm: bool = False
 
 
 def transformer_config(
@@ -30,8 +34,9 @@ def transformer_config(
     train: TrainConfig,
     attention_backend: str,
     hides_keys: bool = True,
+    fusion: FusionConfig = EAGER,
 ) -> TrunkTransformerConfig:
-    """The one place where our configuration becomes megatron-core's."""
+    """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose."""
     full = parallel.recompute_granularity == "full"
     return TrunkTransformerConfig(
         num_layers=trunk.num_layers,
@@ -52,6 +57,8 @@ def transformer_config(
         dropout_seed=train.seed,
         attention_backend_name=attention_backend,
         hides_keys=hides_keys,
+        compiled_elementwise=fusion.elementwise == "compile",
+        liger_rms_norm=fusion.rms_norm == "liger",
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
         init_method=_leave_as_built,
         output_layer_init_method=_leave_as_built,
@@ -77,7 +84,7 @@ def transformer_config(
         variable_seq_lengths=False,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fusion.elementwise == "compile",  # SwiGLU, by torch.compile
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

@@ -1,0 +1,86 @@
+"""A layer's elementwise chains as functions, which torch.compile makes one kernel each, and who fuses what.
+
+Eager torch starts a kernel for every operation and keeps what lies between them. A compiled chain reads its inputs
+once, and its backward pass recomputes what is cheap: dropout keeps no mask. The price is some seconds of compilation in
+the first step, for each shape. SwiGLU is megatron-core's own pair of compiled functions; RMSNorm needs no compiler,
+since torch has a kernel for it on CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from megatron_mm.config.schema import FusionConfig
+from megatron_mm.nn.dropout import hashed_dropout
+
+
+def select(config: FusionConfig, device: torch.device) -> tuple[FusionConfig, str]:
+    """`config` without `auto`, and what that means, as a line for the log.
+
+    Raises:
+        ValueError: what was asked for cannot run here.
+    """
+    obstacle = _no_compiler(device)
+    if config.elementwise == "compile" and obstacle:
+        raise ValueError(f"fusion.elementwise=compile cannot run: {obstacle}. Use fusion.elementwise=auto.")
+    compiled = config.elementwise == "compile" or (config.elementwise == "auto" and not obstacle)
+    if config.rms_norm == "liger":
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise ValueError(
+                "fusion.rms_norm=liger needs the liger-kernel package: pip install megatron_mm[liger], or use torch."
+            )
+        if device.type != "cuda":
+            raise ValueError("fusion.rms_norm=liger cannot run: it needs CUDA. Use fusion.rms_norm=torch.")
+    chains = "compiled" if compiled else f"eager ({obstacle or 'asked for'})"
+    line = f"RoPE, SwiGLU, head norms and dropout {chains}; RMSNorm by {config.rms_norm}"
+    return FusionConfig("compile" if compiled else "eager", config.rms_norm), line
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile is of no use here, if it is not."""
+    if device.type != "cuda":
+        return "torch.compile gains nothing on a CPU"
+    return "TORCHDYNAMO_DISABLE=1 is set" if os.environ.get("TORCHDYNAMO_DISABLE") == "1" else None
+
+
+@functools.cache
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`function` as one kernel for each shape that it meets; all layers share them."""
+    return torch.compile(function, dynamic=False)
+
+
+def rotary_table(positions: torch.Tensor, width: int, base: float, dtype: torch.dtype) -> torch.Tensor:
+    """What `rotate` needs of positions int [...]: cosines, then sines, of width / 2 angles, [..., width] in `dtype`."""
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
+    angles = positions[..., None].to(dtype) * (base**-exponents).to(dtype)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """RoPE, half-split: x [..., D] turned by a `rotary_table` that broadcasts to it; computed in the table's dtype."""
+    cos, sin = table.chunk(2, -1)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def norm_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm of each head x [..., H, D] with its own weight and bias [H, D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias
+
+
+def add_dropped(residual: torch.Tensor, x: torch.Tensor, p: float, token_hash: torch.Tensor) -> torch.Tensor:
+    """residual + dropout(x), both [..., D]; see `nn.dropout.hashed_dropout`."""
+    return residual + hashed_dropout(x, p, token_hash)
+
+
+def liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of x [..., D] by Liger's kernels, in fp32 as torch's own."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # an optional dependency
+
+    return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma", False)
