@@ -22,7 +22,7 @@ from megatron_mm.data.dataset import open_data, write_ledger
 from megatron_mm.data.loader import DataState, Step, StepLoader
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_weights
-from megatron_mm.engines.megatron import MegatronEngine, StepMetrics
+from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import agree, on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.layout import Layout
@@ -69,6 +69,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     data = partial(open_data, config.data, config.model.image, family, tokenizer, config.train.seed)
     on_first_rank(lambda: bool(data()))  # writes the index, which the other ranks then find
     plan, reader, ledger = data()
+    on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
     resume = on_first_rank(lambda: open_run_folder(config))
 
     engine = MegatronEngine(config, family, layout, device)

@@ -19,10 +19,10 @@ from megatron_mm.benchmark.result import Result
 from megatron_mm.benchmark.variants import attending
 from megatron_mm.config.compose import Config
 from megatron_mm.config.schema import AttentionConfig
-from megatron_mm.engines.megatron import MegatronEngine, StepMetrics
+from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
-from megatron_mm.nn import attention, fusion
+from megatron_mm.nn.attention import BACKENDS
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.mfu import peak_flops, trunk_flops
 from megatron_mm.types import PackedBatch
@@ -63,13 +63,10 @@ class Bench:
 
     def _measure(self, run: Run, family: Family, steps: Steps, blank: Result) -> tuple[Result, list[Share]]:
         config, benchmark, device = run.config, self._benchmark, self._device
-        backend, _ = attention.select(
-            config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim
-        )
-        parts, _ = fusion.select(config.fusion, device)
+        parts = select_parts(config, family, device)
         engine = self._engine_for(config, family)
         peer = run.variant.peer
-        attend = peer(mask_rows=3 if family.hides_keys else 2) if peer else attention.BACKENDS[backend]
+        attend = peer(mask_rows=3 if family.hides_keys else 2) if peer else BACKENDS[parts.attention]
         step = lambda number: engine.step(steps[number % len(steps)])  # noqa: E731
         shares: list[Share] = []
         with attending(engine.models[0], attend):
@@ -80,9 +77,9 @@ class Bench:
                 shares = profile_steps(step, engine.models[0], device, trace)
         result = replace(
             blank,
-            attention=run.variant.name if peer else backend,
-            elementwise=parts.elementwise,
-            rms_norm=parts.rms_norm,
+            attention=run.variant.name if peer else parts.attention,
+            elementwise=parts.fusion.elementwise,
+            rms_norm=parts.fusion.rms_norm,
             parameters=sum(parameter.numel() for parameter in engine.models[0].parameters()),
             peak_gib=peak_bytes / 2**30 if peak_bytes else None,
         )

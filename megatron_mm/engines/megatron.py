@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config.compose import Config
+from megatron_mm.config.schema import FusionConfig
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn import attention, fusion
@@ -46,16 +47,37 @@ class StepMetrics:
     skipped: bool
 
 
-def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
-    """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
+@dataclass(frozen=True)
+class Parts:
+    """What computes the model's parts here, and why, as lines for the log."""
+
+    attention: str
+    fusion: FusionConfig
+    reasons: tuple[str, ...]
+
+
+def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
+    """What `attention.*` and `fusion.*` come to on this device.
+
+    Raises:
+        ValueError: what was asked for cannot run here.
+    """
     backend, why = attention.select(
         config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim
     )
     fused, parts = fusion.select(config.fusion, device)
+    return Parts(backend, fused, (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}"))
+
+
+def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
+    """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
+    parts = select_parts(config, family, device)
     if layout.rank == 0:
-        logger.info("attention backend: %s (%s)", backend, why)
-        logger.info("elementwise parts: %s", parts)
-    core = transformer_config(family.trunk, config.parallel, config.train, backend, family.hides_keys, fused)
+        for reason in parts.reasons:
+            logger.info(reason)
+    core = transformer_config(
+        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion
+    )
     chunks = []
     for stage in range(layout.virtual_stages):
         virtual = stage if layout.virtual_stages > 1 else None

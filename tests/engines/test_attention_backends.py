@@ -25,3 +25,10 @@ def test_the_span_kernel_trains_as_the_reference_does(family, shards, tmp_path):
         for step, true in zip(run, truth, strict=True):
             assert step["loss"] == pytest.approx(true["loss"], rel=1e-5)
             assert step["grad_norm"] == pytest.approx(true["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("key", ["attention.backend=flash", "fusion.elementwise=compile"])
+def test_what_cannot_run_here_is_refused_before_there_is_a_run(key, shards, tmp_path):
+    with pytest.raises(AssertionError, match=f"{key} cannot run"):
+        run_training(overrides_for("transfusion", shards, tmp_path / "run", key))
+    assert not (tmp_path / "run").exists()
