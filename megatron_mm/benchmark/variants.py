@@ -115,7 +115,7 @@ VARIANTS = {
 def attending(model: nn.Module, attend: Attention | FlexAttention | CausalAttention) -> Iterator[None]:
     """Every attention layer of `model`, a `StageModel`, computes by `attend`; a peer prepares each batch first."""
     prepare = getattr(attend, "prepare", None)
-    hook = model.register_forward_pre_hook(lambda _, inputs: prepare(inputs[0])) if prepare else None
+    hook = model.register_forward_pre_hook(lambda _, inputs: prepare(inputs[0].shard.front)) if prepare else None
     layers = [layer for layer in model.modules() if isinstance(layer, SpanAttention)]
     before = [layer.attend for layer in layers]
     for layer in layers:

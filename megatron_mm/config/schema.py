@@ -20,6 +20,12 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    context_parallel_comm: str = choice("auto", "ring", "exchange", "ulysses", "hybrid")
+    """How keys and values reach other ranks' queries: `ring` from neighbour to neighbour, `exchange` straight to where
+    they are needed, `ulysses` swaps positions for heads, `hybrid` does so among ulysses_size ranks, with a ring across.
+    `auto` takes the fastest by prediction."""
+    ulysses_size: int | None = None
+    """Neighbouring ranks that swap positions for heads in `hybrid`; those of one node, best."""
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True

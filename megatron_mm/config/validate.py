@@ -67,8 +67,14 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
 
-    for key, size in ("context_parallel_size", cp), ("expert_model_parallel_size", ep):
-        yield size > 1, f"parallel.{key}={size} is not supported yet by this version; leave it at 1."
+    cut = cp * (tp if parallel.sequence_parallel else 1)
+    yield (
+        cp > 1 and data.seq_length % cut > 0,
+        f"data.seq_length={data.seq_length} must be a multiple of {cut} = parallel.context_parallel_size={cp}"
+        f"{f' x {tp_key} (sequence_parallel)' if parallel.sequence_parallel else ''}; change one of them.",
+    )
+    yield from _context_contradictions(config)
+    yield ep > 1, f"parallel.expert_model_parallel_size={ep} is not supported yet by this version; leave it at 1."
 
     model_ranks = parallel.model_parallel_size
     yield (
@@ -174,3 +180,32 @@ def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
         f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
         f"{model.num_train_timesteps}; lower it.",
     )
+
+
+def _context_contradictions(config: Config) -> Iterator[tuple[bool, str]]:
+    parallel, trunk = config.parallel, config.model.trunk
+    cp, comm, size = parallel.context_parallel_size, parallel.context_parallel_comm, parallel.ulysses_size
+    yield (
+        cp > 1 and config.attention.backend in ("sdpa", "flash"),
+        f"attention.backend={config.attention.backend} gives no log-sum-exp, which "
+        f"parallel.context_parallel_size={cp} needs; use auto, span or reference.",
+    )
+    yield (
+        comm == "hybrid" and (size is None or cp % size > 0),
+        f"parallel.context_parallel_comm=hybrid needs parallel.ulysses_size={'null' if size is None else size} to be a "
+        f"divisor of parallel.context_parallel_size={cp}: give the ranks of a node that swap positions for heads.",
+    )
+    inner = {"ulysses": cp, "hybrid": size or 1}.get(comm, 1)
+    tp = parallel.tensor_model_parallel_size
+    yield (
+        not heads_divide(trunk.num_attention_heads, trunk.kv_heads, tp, inner),
+        f"parallel.context_parallel_comm={comm} spreads the heads of a tensor-parallel rank "
+        f"({trunk.num_attention_heads} and {trunk.kv_heads} over {tp}) over {inner} ranks, which does not come out "
+        f"even; use ring or exchange, or hybrid with a smaller parallel.ulysses_size.",
+    )
+
+
+def heads_divide(heads: int, key_heads: int, tensor_ranks: int, inner: int) -> bool:
+    """Whether `inner` ranks can share a tensor-parallel rank's heads; too few key heads are repeated."""
+    heads, key_heads = heads // tensor_ranks, max(key_heads // tensor_ranks, 1)
+    return heads % inner == 0 and (key_heads % inner == 0 or inner % key_heads == 0)

@@ -21,6 +21,7 @@ from megatron_mm.config.schema import FusionConfig
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn import attention, fusion
+from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.model import StageModel
@@ -63,8 +64,9 @@ def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
         ValueError: what was asked for cannot run here.
     """
     backend, why = attention.select(
-        config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim
-    )
+        config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim,
+        spread=config.parallel.context_parallel_size > 1,
+    )  # fmt: skip
     fused, parts = fusion.select(config.fusion, device)
     return Parts(backend, fused, (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}"))
 
@@ -102,6 +104,7 @@ class MegatronEngine:
             overlap_param_gather=parallel.overlap_param_gather,
             grad_reduce_in_fp32=config.train.precision == "bf16",
         )
+        self.context = ContextParallel(parallel, family)
         core = self.models[0].config
         self.chunks = [
             DistributedDataParallel(core, ddp, model, disable_bucketing=number > 0)
@@ -127,7 +130,8 @@ class MegatronEngine:
         self.optimizer.zero_grad()
 
         weights = [term.weight / max(counts[term.name], 1) for term in self.family.terms]
-        sums = self._run(batches, torch.tensor(weights, dtype=torch.float64), forward_only=False)
+        parts = [self.context.part(batch) for batch in batches]
+        sums = self._run(parts, torch.tensor(weights, dtype=torch.float64), forward_only=False)
         stepped, grad_norm = clip_and_step(self.optimizer)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if stepped:
@@ -136,7 +140,7 @@ class MegatronEngine:
         loss = sum(term.weight * losses[term.name] for term in self.family.terms)
         return StepMetrics(losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped)
 
-    def _run(self, batches: list[PackedBatch], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
+    def _run(self, parts: list[HostPart], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""
         weights = weights.to(self.device)
 
@@ -149,17 +153,16 @@ class MegatronEngine:
             )
 
         def forward_step(iterator, chunk):
-            batch = next(iterator).to(self.device, self.config.train.dtype)
-            return chunk(batch), loss_of
+            return chunk(self.context.to(next(iterator), self.device, self.config.train.dtype)), loss_of
 
-        iterators = [iter(batches) for _ in self.chunks]
+        iterators = [iter(parts) for _ in self.chunks]
         stored = self._forward_backward(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=batches[0].tokens.shape[0],
+            num_microbatches=len(parts),
+            seq_length=parts[0].mask.shape[2],
+            micro_batch_size=parts[0].mask.shape[0],
             forward_only=forward_only,
         )
         total = torch.zeros(len(weights), dtype=torch.float64, device=self.device)

@@ -26,6 +26,7 @@ class Chameleon:
     name = "chameleon"
     causal = True
     hides_keys = False
+    whole_images = False
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config

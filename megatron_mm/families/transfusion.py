@@ -47,6 +47,7 @@ class Transfusion:
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)
         self.config = config
+        self.whole_images = config.patch_codec == "unet"
         self.trunk = config.trunk
         self.vocab = Vocabulary.after_text(text_vocab_size)
         self.schedule = DDPMSchedule(config.num_train_timesteps)

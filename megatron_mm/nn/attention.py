@@ -12,20 +12,23 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from mm_kernels.span_attention.reference import span_attention_reference
+from mm_kernels.span_attention import reference
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
-    from mm_kernels.span_attention.op import span_attention
+    from mm_kernels.span_attention import op
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 HALF = (torch.bfloat16, torch.float16)
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype, causal: bool, head_dim: int) -> tuple[str, str]:
+def select(
+    name: str, device: torch.device, dtype: torch.dtype, causal: bool, head_dim: int, spread: bool = False
+) -> tuple[str, str]:
     """The backend to run and why.
 
-    `causal` says that the family's mask is plain packed-causal, the only one that flash-attn can express.
+    `causal` says that the family's mask is plain packed-causal, the only one that flash-attn can express; `spread` that
+    keys are spread over ranks, so that it must be one of PARTIAL_BACKENDS.
 
     Raises:
         ValueError: the named backend cannot run here.
@@ -36,6 +39,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype, causal: bool, he
         problem = _obstacle("span", device, dtype, causal, head_dim)
         if problem is None and dtype in HALF:
             return "span", "CUDA in half precision: the fused span-mask kernel"
+        if spread:
+            return "reference", f"context parallelism: {problem or f'{dtype} is slow in the span kernel'}"
         return (
             "sdpa",
             f"the span kernel cannot run: {problem}" if problem else f"{dtype} is faster in torch's attention",
@@ -71,7 +76,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, causal: bool,
 
 def fused_span(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Our Triton kernel, which walks only the keys that the mask allows."""
-    return span_attention(q, k, v, mask)[0]
+    return op.span_attention(q, k, v, mask)[0]
 
 
 def dense_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -111,7 +116,11 @@ def packed_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
 
 BACKENDS: dict[str, Attention] = {
     "span": fused_span,
-    "reference": span_attention_reference,
+    "reference": reference.span_attention_reference,
     "sdpa": dense_sdpa,
     "flash": packed_flash,
 }
+
+PARTIAL_BACKENDS = {"reference": reference} | ({"span": op} if TRITON else {})
+"""Those that also compute attention over some of the keys, for context parallelism: modules with the functions
+`forward`, which returns (out, log-sum-exp), and `backward`."""

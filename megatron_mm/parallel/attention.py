@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from megatron_mm.nn.attention import BACKENDS
+from megatron_mm.nn.attention import BACKENDS, PARTIAL_BACKENDS
 from megatron_mm.nn.kv_cache import KVCache, attend_cached
+from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
 
@@ -17,19 +18,29 @@ class SpanAttention(nn.Module):
     """Attention over the batch's interval mask, on this rank's heads.
 
     With a `cache` (see `caching`), the mask's `hi` row alone says what each new token sees, in cache coordinates.
+    Under context parallelism `packed_seq_params` computes attention over the positions of all ranks.
     """
 
     def __init__(self, config: TrunkTransformerConfig, layer_number: int, **_unused):
         super().__init__()
         self.layer_number = layer_number
         self.attend = BACKENDS[config.attention_backend_name]
+        self.attend_partially = PARTIAL_BACKENDS.get(config.attention_backend_name)
         self.mask_rows = 3 if config.hides_keys else 2
         self.cache: KVCache | None = None
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **_unused
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor,
+        packed_seq_params: SpreadAttention | None = None,
+        **_unused,
     ) -> torch.Tensor:
         """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], mask int32 [B, 5, S] -> [S, B, H/TP * Dh]."""
+        if packed_seq_params is not None:
+            return packed_seq_params(query, key, value, self.attend_partially).flatten(2)
         q, k, v = (t.transpose(0, 1) for t in (query, key, value))
         if self.cache is None:
             out = self.attend(q, k, v, attention_mask[:, : self.mask_rows])

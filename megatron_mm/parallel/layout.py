@@ -19,6 +19,8 @@ class Layout:
     tp_rank: int
     pp_size: int
     pp_rank: int
+    cp_size: int
+    cp_rank: int
     dp_size: int
     dp_rank: int
     virtual_stages: int
@@ -33,6 +35,8 @@ class Layout:
             tp_rank=mpu.get_tensor_model_parallel_rank(),
             pp_size=mpu.get_pipeline_model_parallel_world_size(),
             pp_rank=mpu.get_pipeline_model_parallel_rank(),
+            cp_size=mpu.get_context_parallel_world_size(),
+            cp_rank=mpu.get_context_parallel_rank(),
             dp_size=mpu.get_data_parallel_world_size(),
             dp_rank=mpu.get_data_parallel_rank(),
             virtual_stages=config.virtual_pipeline_model_parallel_size or 1,
@@ -40,12 +44,13 @@ class Layout:
 
     @property
     def reports_losses(self) -> bool:
-        """True on exactly one rank of each data-parallel replica: the last stage's first tensor rank."""
+        """True on one rank for each part of the batch: the last stage's first tensor rank."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
     def describe(self) -> str:
         return (
             f"world {self.world_size} = tensor {self.tp_size} x pipeline {self.pp_size}"
             + (f" (x {self.virtual_stages} interleaved)" if self.virtual_stages > 1 else "")
+            + (f" x context {self.cp_size}" if self.cp_size > 1 else "")
             + f" x data {self.dp_size}"
         )

@@ -17,10 +17,11 @@ from torch import nn
 
 from megatron_mm.families.base import Family
 from megatron_mm.nn.fusion import rotary_table
+from megatron_mm.parallel.context.borrow import narrow, widen
+from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.layer import block_spec
 from megatron_mm.parallel.ops import MegatronOps
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
-from megatron_mm.types import PackedBatch
 
 
 class StageModel(MegatronModule):
@@ -52,22 +53,34 @@ class StageModel(MegatronModule):
         """Called by the pipeline schedule with the previous stage's output."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Hidden states [S (/ TP under sequence parallelism), B, D]; on the last stage the loss sums [terms]."""
-        hidden = self.hidden(batch)
+    def forward(self, part: Part) -> torch.Tensor:
+        """Hidden states [n (/ TP under sequence parallelism), B, D] of a part's n positions; on the last stage the loss
+        sums [terms]."""
+        hidden = self.hidden(part)
         if not self.post_process:
             return hidden
-        sums = self.back(hidden.transpose(0, 1), batch)
+        hidden = hidden.transpose(0, 1)
+        if part.shard.widening is not None:
+            hidden = widen(hidden, part.shard.widening, part.group)
+        sums = self.back(hidden, part.shard.back)
         return torch.stack([sums[name] for name in self.terms])
 
-    def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """The trunk's output [S, B, D]: whole sequences on the last stage."""
-        x = None
+    def hidden(self, part: Part) -> torch.Tensor:
+        """The trunk's output [n, B, D]: every position of the part on the last stage."""
+        x, meta = None, part.shard.meta
         if self.pre_process:
-            x = self.front(batch).transpose(0, 1).contiguous()
+            x = self.front(part.shard.front)
+            if part.shard.widening is not None:
+                x = narrow(x, part.shard.widening)
+            x = x.transpose(0, 1).contiguous()
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
-        x = self.decoder(x, attention_mask=batch.meta, rotary_pos_emb=self._rotary_table(batch.meta[:, 3]))
+        x = self.decoder(
+            x,
+            attention_mask=meta,
+            rotary_pos_emb=self._rotary_table(meta[:, 3]),
+            packed_seq_params=part.attention,
+        )
         if self.post_process and self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return x

@@ -12,6 +12,7 @@ import torch
 from megatron_mm.data.pack import pack
 from megatron_mm.nn.kv_cache import KVCache
 from megatron_mm.parallel.attention import caching
+from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.types import Document, PackedBatch
 
@@ -56,7 +57,7 @@ class Decoder:
         self.lengths[rows] += keep
         stage = self.model.stage
         moved = replace(batch, meta=meta).to(self.model.device, stage.config.params_dtype)
-        return stage.hidden(moved).transpose(0, 1)
+        return stage.hidden(Part.of(moved)).transpose(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 or wider logits [..., V] of hidden states [..., D]; V includes the padding of the vocabulary."""

@@ -7,8 +7,11 @@ of the way and 1e-9 must hold, so that a real difference cannot hide behind fp32
 import pytest
 from tiny_runs import FAMILIES, overrides_for, run_training
 
+from megatron_mm.parallel.context import assignment
+
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 SP, VPP = "parallel.sequence_parallel=true", "parallel.virtual_pipeline_model_parallel_size=2"
+CP, CP4, COMM = (f"parallel.context_parallel_{key}" for key in ("size=2", "size=4", "comm"))
 LAYOUTS = {
     "tp2": (2, [TP]),
     "tp2_sp": (2, [TP, SP]),
@@ -24,11 +27,29 @@ LAYOUTS = {
     "recompute_selective": (1, ["parallel.recompute_granularity=selective"]),
     "tp2_sp_recompute_full": (2, [TP, SP, "parallel.recompute_granularity=full"]),
     "micro_batch_2": (1, ["train.micro_batch_size=2"]),
+    "cp2_ring": (2, [CP, f"{COMM}=ring"]),
+    "cp2_exchange": (2, [CP, f"{COMM}=exchange"]),
+    "cp2_ulysses": (2, [CP, f"{COMM}=ulysses"]),
+    "cp2_auto": (2, [CP]),
+    "cp4_hybrid": (4, [CP4, f"{COMM}=hybrid", "parallel.ulysses_size=2"]),
+    "cp4_ring": (4, [CP4, f"{COMM}=ring"]),
+    "cp2_tp2_sp": (4, [CP, TP, SP]),
+    "cp2_pp2_interleaved": (4, [CP, PP, VPP]),
+    "cp2_dp2": (4, [CP]),
+    "cp2_recompute_full": (2, [CP, "parallel.recompute_granularity=full"]),
+    "cp2_recompute_selective": (2, [CP, "parallel.recompute_granularity=selective"]),
+    "cp2_micro_batch_2": (2, [CP, "train.micro_batch_size=2"]),
     "one_worker": (1, ["data.num_workers=1", "data.prefetch=0"]),
 }
 FAST = ("tp2_sp", "pp2_interleaved", "dp2")
 """Layouts of the fast subset; the others only run in the whole suite."""
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 6 to 12 positions, so that the short rows of the test are cut and swapped, in the middle of images too."""
+    monkeypatch.setattr(assignment, "FINEST", 6)
 
 
 @pytest.fixture(scope="module")

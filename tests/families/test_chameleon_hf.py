@@ -25,6 +25,7 @@ from megatron_mm.families.layout import next_token_labels
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.chameleon_weights import VQ_PREFIX, weights_to_hf
 from megatron_mm.mask import causal
+from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.types import IGNORE, Document, PackedBatch
 
@@ -133,13 +134,13 @@ def run_ours(init, checkpoint: Path, parallel: dict):
             dist.recv(received, layout.rank - layout.tp_size)
             model.set_input_tensor(received)
         if layout.pp_rank < layout.pp_size - 1:
-            dist.send(model.hidden(batch).contiguous(), layout.rank + layout.tp_size)
+            dist.send(model.hidden(Part.of(batch)).contiguous(), layout.rank + layout.tp_size)
             return None, None, None
         with torch.no_grad():
-            logits = model.back.ops.gather_logits(model.back.logits(model.hidden(batch).transpose(0, 1)))
+            logits = model.back.ops.gather_logits(model.back.logits(model.hidden(Part.of(batch)).transpose(0, 1)))
         if layout.pp_size > 1:
             return logits, None, None
-        sums, counts = model(batch), family.counts(batch)
+        sums, counts = model(Part.of(batch)), family.counts(batch)
         loss = sums[0] / counts["ce"] + Z_WEIGHT * sums[1] / counts["z"]
         loss.backward()
         for parameter in model.parameters():

@@ -11,6 +11,7 @@ from megatron_mm.benchmark.synthetic import synthetic_steps
 from megatron_mm.config.compose import compose
 from megatron_mm.config.schema import FusionConfig
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.model import StageModel
@@ -32,7 +33,7 @@ def _sums_and_gradients(init_kwargs: dict, config, elementwise: str) -> dict[str
         stage = StageModel(core, family, first=True, last=True, virtual_stage=None)
         initialize(stage, seed=0)
         ((batch,),) = synthetic_steps(config, family, 64, 1)
-        sums = stage(batch.to(CPU, torch.float64))
+        sums = stage(Part.of(batch.to(CPU, torch.float64)))
         sums.sum().backward()
         return {"sums": sums.detach(), **{name: p.grad for name, p in stage.named_parameters()}}
 

@@ -6,6 +6,7 @@ import torch
 from tiny_models import config_for, with_model
 
 from megatron_mm.data.pack import pack
+from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.sampling.decoder import Decoder
 from megatron_mm.types import ImageSegment, PackedBatch, Sample, TextSegment
 
@@ -46,7 +47,7 @@ def read_both_ways(model):
     h, w = model.family.grid
     at_once, by_piece, noises = [], [], []
     with torch.inference_mode():
-        expected = stage.back.logits(stage.hidden(batch).transpose(0, 1))
+        expected = stage.back.logits(stage.hidden(Part.of(batch)).transpose(0, 1))
     with Decoder.open(model, rows=3, capacity=max(lengths)) as decoder:
         rows = [2, 0]  # not a prefix of the cache's rows, and not in order
         prompts = [prompt_of(document, first) for document, first in zip(documents, firsts, strict=True)]
@@ -92,7 +93,7 @@ def stage_without_cache(model, decoder, batch):
     assert caches
     for module, _ in caches:
         module.cache = None
-    hidden = model.stage.hidden(batch).transpose(0, 1)
+    hidden = model.stage.hidden(Part.of(batch)).transpose(0, 1)
     for module, cache in caches:
         module.cache = cache
     return hidden

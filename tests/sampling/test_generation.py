@@ -11,6 +11,7 @@ from megatron_mm.config.generate import MODES, SamplingConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
 from megatron_mm.nn.patch import patchify, unpatchify
+from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.sampling.decoder import Decoder
 from megatron_mm.sampling.generation import SAMPLERS, generate
 from megatron_mm.sampling.row import Request, Row
@@ -151,7 +152,7 @@ def at_once(model, sample):
     batch = pack([[document]], len(document.tokens), fields, model.family.vocab.pad, [[0]])
     stage = model.stage
     with torch.no_grad():
-        hidden = stage.hidden(batch.to("cpu", stage.config.params_dtype))
+        hidden = stage.hidden(Part.of(batch.to("cpu", stage.config.params_dtype)))
         return stage.back.logits(hidden.transpose(0, 1))[0].float(), document.tokens
 
 
@@ -216,7 +217,7 @@ def guided_image(model):
             batch.fields["timestep"][0, first : first + h * w] = t
             batch = batch.to("cpu", stage.config.params_dtype)
             with torch.no_grad():
-                out = stage.back.predict_noise(stage.hidden(batch).transpose(0, 1), batch)
+                out = stage.back.predict_noise(stage.hidden(Part.of(batch)).transpose(0, 1), batch)
             eps.append(out[0, first : first + h * w].float())
         x = family.schedule.step(x, eps[1] + 2.5 * (eps[0] - eps[1]), t, t_prev, clip=1.0)
     return generated.data, unpatchify(x.numpy(), 4, 4, 2)

@@ -38,15 +38,17 @@ def transpose(lo: torch.Tensor, hi: torch.Tensor, until: torch.Tensor | None, ke
     return torch.stack([first, end if until is None else torch.minimum(end, until)], dim=1)
 
 
-def local_index(position: torch.Tensor, chunks: Sequence[int], chunk_size: int) -> torch.Tensor:
+def local_index(position: torch.Tensor, starts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """How many kept positions lie before `position`.
 
     Args:
         position: integers of any shape, in global coordinates.
-        chunks: where each kept chunk starts, ascending; every chunk holds `chunk_size` positions.
+        starts, sizes: [pieces], the pieces that are kept: ascending, not overlapping, none empty; at least one.
     """
-    inside = [(position - start).clamp(0, chunk_size) for start in chunks]
-    return torch.stack(inside).sum(0, dtype=position.dtype)
+    piece = (torch.searchsorted(starts, position.contiguous(), right=True) - 1).clamp_(min=0)
+    before = sizes.cumsum(0) - sizes
+    inside = (position - starts[piece]).clamp_(min=0)
+    return (before[piece] + torch.minimum(inside, sizes[piece])).to(position.dtype)
 
 
 def chunk_mask(
@@ -73,4 +75,6 @@ def chunk_mask(
             )
     rows = torch.cat([mask[:, :2, start : start + chunk_size] for start in query_chunks], dim=-1)
     until = torch.cat([mask[:, 2, start : start + chunk_size] for start in key_chunks], dim=-1)
-    return local_index(rows, key_chunks, chunk_size), local_index(until, query_chunks, chunk_size)
+    pieces = [torch.tensor(chunks, device=mask.device, dtype=mask.dtype) for chunks in (key_chunks, query_chunks)]
+    keys, queries = [(starts, torch.full_like(starts, chunk_size)) for starts in pieces]
+    return local_index(rows, *keys), local_index(until, *queries)

@@ -49,14 +49,15 @@ def span_attention(
     check(q, k, v, mask, until, scale)
     _check_dtype(q)
     rows, until = split_mask(mask, until)
-    out, lse = _forward(q, k, v, rows, until, scale)
+    out, lse = forward(q, k, v, rows, until, scale)
     return out, lse
 
 
 @torch.library.custom_op("mm_kernels::span_attention", mutates_args=())
-def _forward(
+def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, until: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`span_attention` with a mask of two rows and its arguments unchecked."""
     problem = _problem(q, k, v, mask, until, scale)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
@@ -94,7 +95,7 @@ def backward(
     return dq, dk, dv
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(q, k, v, mask, until, scale):
     return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
@@ -116,7 +117,7 @@ def _differentiate(ctx, dout, dlse):
     return *backward(dout, dlse, q, k, v, out, lse, mask, until, ctx.scale), None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _problem(
