@@ -41,7 +41,7 @@ LAYOUTS = {
     "cp2_micro_batch_2": (2, [CP, "train.micro_batch_size=2"]),
     "one_worker": (1, ["data.num_workers=1", "data.prefetch=0"]),
 }
-FAST = ("tp2_sp", "pp2_interleaved", "dp2")
+FAST = ("tp2_sp", "pp2_interleaved", "dp2", "cp2_ring")
 """Layouts of the fast subset; the others only run in the whole suite."""
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 
@@ -86,7 +86,20 @@ def test_fp32(name, family, shards, tmp_path, baseline):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "dp2", "tp2_pp2", "micro_batch_2", "recompute_full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tp2_sp",
+        "pp2_interleaved",
+        "dp2",
+        "tp2_pp2",
+        "micro_batch_2",
+        "recompute_full",
+        "cp2_micro_batch_2",
+        "cp4_hybrid",
+        "cp4_ring",
+    ],
+)
 def test_fp64(name, family, shards, tmp_path, baseline):
     world_size, overrides = LAYOUTS[name]
     steps = run_training(overrides_for(family, shards, tmp_path, *overrides, *FP64), world_size)
@@ -94,7 +107,7 @@ def test_fp64(name, family, shards, tmp_path, baseline):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "dp2", "micro_batch_2"])
+@pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "dp2", "micro_batch_2", "cp2_micro_batch_2", "cp4_ring"])
 def test_unet_patches(name, shards, tmp_path, baseline):
     world_size, overrides = LAYOUTS[name]
     steps = run_training(overrides_for("transfusion_unet", shards, tmp_path, *overrides), world_size)
