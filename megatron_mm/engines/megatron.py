@@ -104,7 +104,7 @@ class MegatronEngine:
             overlap_param_gather=parallel.overlap_param_gather,
             grad_reduce_in_fp32=config.train.precision == "bf16",
         )
-        self.context = ContextParallel(parallel, family)
+        self.context = ContextParallel(config, family, layout)
         core = self.models[0].config
         self.chunks = [
             DistributedDataParallel(core, ddp, model, disable_bucketing=number > 0)

@@ -48,7 +48,7 @@ FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 6 to 12 positions, so that the short rows of the test are cut and swapped, in the middle of images too."""
+    """Chunks of 6 to 12 positions, so that short rows are cut and swapped, in the middle of images too."""
     monkeypatch.setattr(assignment, "FINEST", 6)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,16 +11,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_mm.config.schema import ParallelConfig
+from megatron_mm.config.compose import Config
 from megatron_mm.families.base import Family
-from megatron_mm.parallel.context.assignment import Assignment, assign
 from megatron_mm.parallel.context.groups import Groups, make_groups
 from megatron_mm.parallel.context.plan import AttentionPlan, plan_attention
+from megatron_mm.parallel.context.predict import Hardware, Work
 from megatron_mm.parallel.context.ring import PartialAttention, ring_attention
-from megatron_mm.parallel.context.schedule import Needs, needs
 from megatron_mm.parallel.context.shard import Shard, shard, whole
 from megatron_mm.parallel.context.ulysses import gather_heads, gather_positions
+from megatron_mm.parallel.context.ways import Meeting, Ways, positions
+from megatron_mm.parallel.layout import Layout
 from megatron_mm.types import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,51 +58,44 @@ class Part:
 
 @dataclass(frozen=True)
 class HostPart:
-    """A part that is still on the host, with the plan of how it meets the others."""
+    """A part that is still on the host, with the plan of how it meets the others (None: there are none)."""
 
     shard: Shard
     mask: np.ndarray
-    needs: Needs | None = None
-    relays: bool = False
-    inner: int = 1
+    meeting: Meeting | None = None
 
 
 class ContextParallel:
-    """Cuts batches for this rank, by `parallel.context_parallel_comm`."""
+    """Cuts batches for this rank, by `parallel.context_parallel_comm`. Every rank of the job makes one."""
 
-    def __init__(self, parallel: ParallelConfig, family: Family):
-        self._size = parallel.context_parallel_size
-        self._family = family
-        if self._size == 1:
-            return
-        self._rank = mpu.get_context_parallel_rank()
-        self._group = mpu.get_context_parallel_group()
-        self._comm = parallel.context_parallel_comm
-        self._inner = {"ulysses": self._size, "hybrid": parallel.ulysses_size}.get(self._comm) or 1
-        self._groups = make_groups([self._inner])
+    def __init__(self, config: Config, family: Family, layout: Layout):
+        self._family, self._layout = family, layout
+        if layout.cp_size > 1:
+            near = int(os.environ.get("LOCAL_WORLD_SIZE", Hardware.node_size)) // layout.tp_size
+            work = Work.of(family.trunk, config.train, layout.tp_size)
+            self._ways = Ways.of(config.parallel, work, Hardware(node_size=max(near, 1)))
+            self._groups = make_groups(self._ways.inner_sizes)
+            if layout.rank == 0:
+                logger.info("context parallelism over %d ranks: %s", layout.cp_size, self._ways.describe())
 
     def part(self, batch: PackedBatch) -> HostPart:
         """This rank's part of a batch, on the host."""
         mask = batch.mask.numpy()
-        if self._size == 1:
+        if self._layout.cp_size == 1:
             return HostPart(whole(batch), mask)
-        assignment = assign(mask if self._family.hides_keys else mask[:, :2], self._size // self._inner)
-        mine = shard(
-            batch, positions(assignment, self._inner), self._rank, self._family.fields, self._family.vocab.pad,
-            self._family.whole_images,
-        )  # fmt: skip
-        return HostPart(mine, mask, needs(mask, assignment), self._comm in ("ring", "hybrid"), self._inner)
+        meeting = self._ways.best(mask if self._family.hides_keys else mask[:, :2])
+        owners = positions(meeting.needs.assignment, meeting.inner)
+        fields, pad = self._family.fields, self._family.vocab.pad
+        mine = shard(batch, owners, self._layout.cp_rank, fields, pad, self._family.whole_images)
+        return HostPart(mine, mask, meeting)
 
     def to(self, part: HostPart, device: torch.device, dtype: torch.dtype) -> Part:
         """The part on its device, floating-point fields in `dtype`."""
-        here = part.shard.to(device, dtype)
-        if part.needs is None:
+        here, meeting = part.shard.to(device, dtype), part.meeting
+        if meeting is None:
             return Part(here)
-        groups = self._groups[part.inner]
-        plan = plan_attention(part.mask, part.needs, groups.outer.rank(), part.relays, self._family.hides_keys, device)
-        return Part(here, SpreadAttention(plan, groups), self._group)
-
-
-def positions(assignment: Assignment, inner: int) -> list[np.ndarray]:
-    """Positions of every context rank, ascending: an inner group has one part of the assignment, cut in a row."""
-    return [share for rank in range(assignment.ranks) for share in np.split(assignment.positions(rank), inner)]
+        groups = self._groups[meeting.inner]
+        plan = plan_attention(
+            part.mask, meeting.needs, groups.outer.rank(), meeting.relays, self._family.hides_keys, device
+        )
+        return Part(here, SpreadAttention(plan, groups), mpu.get_context_parallel_group())

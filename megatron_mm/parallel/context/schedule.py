@@ -92,21 +92,26 @@ def needs(mask: np.ndarray, assignment: Assignment) -> Needs:
     )
 
 
+def exchange_distances(needs: Needs) -> list[list[int]]:
+    """The distances of each stage under `exchange`: together they bring no rank more keys than it has itself."""
+    ranks = needs.assignment.ranks
+    number = np.arange(ranks)
+    counts = needs.counts()
+    stages: list[list[int]] = []
+    load = np.zeros(ranks, np.int64)
+    for distance in range(1, ranks):
+        brought = counts[number, number - distance]
+        if not stages or (load + brought).max() > needs.assignment.part:
+            stages.append([])
+            load = np.zeros(ranks, np.int64)
+        stages[-1].append(distance)
+        load += brought
+    return stages
+
+
 def exchange(needs: Needs, rank: int) -> list[Stage]:
     """The stages of one rank under `exchange`."""
-    ranks = needs.assignment.ranks
-    counts = needs.counts()
-    shifted = np.stack([counts[np.arange(ranks), np.arange(ranks) - t] for t in range(ranks)])  # [distance, rank]
-    stages, group, load = [], [], np.zeros(ranks, np.int64)
-    for distance in range(1, ranks):
-        if group and (load + shifted[distance]).max() > needs.assignment.part:
-            stages.append(_exchange_stage(needs, rank, group))
-            group, load = [], np.zeros(ranks, np.int64)
-        group.append(distance)
-        load += shifted[distance]
-    if group:
-        stages.append(_exchange_stage(needs, rank, group))
-    return stages
+    return [_exchange_stage(needs, rank, distances) for distances in exchange_distances(needs)]
 
 
 def _exchange_stage(needs: Needs, rank: int, distances: list[int]) -> Stage:
@@ -159,6 +164,23 @@ def _on_the_way(needs: Needs, rank: int, owner: int) -> np.ndarray:
     """Positions of `owner` that arrive at `rank` in a ring: those that it needs, or one between it and the owner."""
     ranks = needs.assignment.ranks
     return needs.of((rank + np.arange((owner - rank) % ranks)) % ranks, owner)
+
+
+def relayed_counts(needs: Needs) -> np.ndarray:
+    """How many keys arrive at each rank at each distance in a ring: int64 [ranks, ranks], [rank, distance]."""
+    assignment = needs.assignment
+    ranks = assignment.ranks
+    owner = np.arange(ranks)
+    counts = np.zeros((ranks, ranks), np.int64)
+    first, end = np.full(assignment.chunks.shape, np.iinfo(np.int64).max), np.zeros(assignment.chunks.shape, np.int64)
+    for distance in range(ranks - 1, 0, -1):
+        rank = (owner + distance) % ranks
+        own_first, own_end = (side[rank[:, None], assignment.chunks] for side in (needs.first, needs.end))
+        some = own_end > own_first
+        first = np.where(some, np.minimum(first, own_first), first)
+        end = np.where(some, np.maximum(end, own_end), end)
+        counts[rank, distance] = (end - np.minimum(first, end)).sum(1)
+    return counts
 
 
 def ranges(first: np.ndarray, end: np.ndarray) -> np.ndarray:

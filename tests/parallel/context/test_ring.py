@@ -1,4 +1,4 @@
-"""Attention over keys of several ranks is attention over all keys at once: outputs and gradients, every way of sending."""
+"""Attention over keys of several ranks is attention over all keys at once, with its gradients, however they travel."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,9 @@ from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.parallel.context import assignment as assignments
 from megatron_mm.parallel.context.groups import make_groups
 from megatron_mm.parallel.context.plan import plan_attention
-from megatron_mm.parallel.context.runtime import SpreadAttention, positions
+from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.context.schedule import needs
+from megatron_mm.parallel.context.ways import positions
 from megatron_mm.parallel.distributed import process_groups
 
 S, D, HEADS, GROUPS = 384, 8, 4, 2

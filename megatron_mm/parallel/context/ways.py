@@ -1,0 +1,85 @@
+"""The ways in which ranks may meet each other's keys, and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mm.config.schema import ParallelConfig
+from megatron_mm.config.validate import heads_divide
+from megatron_mm.parallel.context.assignment import Assignment, assign, chunk_areas
+from megatron_mm.parallel.context.predict import Hardware, Prediction, Work, estimated_pairs, predict
+from megatron_mm.parallel.context.schedule import Needs, needs
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How the ranks of one micro-batch meet: `inner` neighbours swap positions for heads and share one rank of `needs`,
+    whose keys travel by `ring` (relays) or `exchange`."""
+
+    needs: Needs
+    relays: bool
+    inner: int
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Those that a run may choose from, a pair (inner, relays) each, for `ranks` context-parallel ranks."""
+
+    ranks: int
+    options: tuple[tuple[int, bool], ...]
+    work: Work
+    hardware: Hardware
+
+    @staticmethod
+    def of(parallel: ParallelConfig, work: Work, hardware: Hardware) -> Ways:
+        """Those of `parallel.context_parallel_comm`; for `auto` all that the heads permit."""
+        ranks = parallel.context_parallel_size
+        named = {
+            "ring": [(1, True)],
+            "exchange": [(1, False)],
+            "ulysses": [(ranks, False)],
+            "hybrid": [(parallel.ulysses_size or 1, True)],
+        }
+        inners = [
+            inner
+            for inner in sorted({min(hardware.node_size, ranks), ranks})
+            if 1 < inner <= ranks and ranks % inner == 0 and heads_divide(work.heads, work.key_heads, 1, inner)
+        ]
+        every = [(1, False), (1, True), *((inner, relays) for inner in inners for relays in (False, True))]
+        return Ways(ranks, tuple(named.get(parallel.context_parallel_comm, every)), work, hardware)
+
+    @property
+    def inner_sizes(self) -> list[int]:
+        return sorted({inner for inner, _ in self.options})
+
+    def describe(self) -> str:
+        """A line for the log."""
+        names = [
+            ("ring" if relays else "exchange") + (f" over ulysses of {inner}" if inner > 1 else "")
+            if inner < self.ranks
+            else "ulysses"
+            for inner, relays in self.options
+        ]
+        return names[0] if len(names) == 1 else f"the fastest by prediction of {', '.join(dict.fromkeys(names))}"
+
+    def best(self, mask: np.ndarray) -> Meeting:
+        """The way that is predicted to take the least time for rows with this mask, int32 [B, 2 or 3, S]; the same on
+        every rank."""
+        needed = {inner: needs(mask, assign(mask, self.ranks // inner)) for inner in self.inner_sizes}
+        meetings = [Meeting(needed[inner], relays, inner) for inner, relays in self.options]
+        if len(meetings) == 1:
+            return meetings[0]
+        return min(meetings, key=lambda meeting: self.predict(mask, meeting).total)
+
+    def predict(self, mask: np.ndarray, meeting: Meeting) -> Prediction:
+        assignment = meeting.needs.assignment
+        loads = chunk_areas(mask, assignment.chunk_size)[assignment.chunks].sum(1)
+        pairs = estimated_pairs(meeting.needs, loads)
+        return predict(meeting.needs, pairs, meeting.relays, self.work, self.hardware, meeting.inner)
+
+
+def positions(assignment: Assignment, inner: int) -> list[np.ndarray]:
+    """Positions of every context rank, ascending: `inner` neighbours have one part of the assignment, cut in a row."""
+    return [share for rank in range(assignment.ranks) for share in np.split(assignment.positions(rank), inner)]
