@@ -34,6 +34,9 @@ class ParallelConfig:
     recompute_granularity: str | None = choice(None, "full", "selective")
     """`full` recomputes whole layers in the backward pass, `selective` only attention; null keeps every activation."""
     recompute_num_layers: int = 1
+    feed_forward_block: int | None = None
+    """Positions of a rank whose feed-forward activations exist at a time, computed again in the backward pass; null
+    keeps those of all."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -74,12 +74,19 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"{f' x {tp_key} (sequence_parallel)' if parallel.sequence_parallel else ''}; change one of them.",
     )
     yield from _context_contradictions(config)
+    block = parallel.feed_forward_block
+    yield (
+        block is not None and parallel.sequence_parallel and block % tp > 0,
+        f"parallel.feed_forward_block={block} must be a multiple of {tp_key} under sequence_parallel; change "
+        f"one of them.",
+    )
     yield ep > 1, f"parallel.expert_model_parallel_size={ep} is not supported yet by this version; leave it at 1."
 
     model_ranks = parallel.model_parallel_size
+    cut_over = f"{tp_key} x {pp_key}" + (f" x parallel.context_parallel_size={cp}" if cp > 1 else "")
     yield (
         world_size % model_ranks > 0,
-        f"{tp_key} x {pp_key} needs a multiple of {model_ranks} processes, but the world size is {world_size}; start "
+        f"{cut_over} needs a multiple of {model_ranks} processes, but the world size is {world_size}; start "
         f"more processes (torchrun --nproc-per-node) or lower one of them.",
     )
     dp = world_size // model_ranks
@@ -194,6 +201,11 @@ def _context_contradictions(config: Config) -> Iterator[tuple[bool, str]]:
         comm == "hybrid" and (size is None or cp % size > 0),
         f"parallel.context_parallel_comm=hybrid needs parallel.ulysses_size={'null' if size is None else size} to be a "
         f"divisor of parallel.context_parallel_size={cp}: give the ranks of a node that swap positions for heads.",
+    )
+    yield (
+        size is not None and comm != "hybrid",
+        f"parallel.ulysses_size={size} is only read with parallel.context_parallel_comm=hybrid, not {comm}; "
+        f"leave it null.",
     )
     inner = {"ulysses": cp, "hybrid": size or 1}.get(comm, 1)
     tp = parallel.tensor_model_parallel_size

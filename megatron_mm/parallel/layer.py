@@ -16,6 +16,7 @@ from torch import nn
 from megatron_mm.nn.dropout import hash_tokens
 from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
+from megatron_mm.parallel.feed_forward import BlockwiseMLP
 from megatron_mm.parallel.norms import HeadNorm, RMSNorm
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
@@ -101,7 +102,8 @@ def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> Transfo
             self_attn_bda=residual,
             pre_mlp_layernorm=pre_norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=BlockwiseMLP if config.feed_forward_block else MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=residual,
         ),

@@ -26,6 +26,7 @@ class TrunkTransformerConfig(TransformerConfig):
     hides_keys: bool = True
     compiled_elementwise: bool = False
     liger_rms_norm: bool = False
+    feed_forward_block: int | None = None
 
 
 def transformer_config(
@@ -59,6 +60,7 @@ def transformer_config(
         hides_keys=hides_keys,
         compiled_elementwise=fusion.elementwise == "compile",
         liger_rms_norm=fusion.rms_norm == "liger",
+        feed_forward_block=parallel.feed_forward_block,
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
         init_method=_leave_as_built,
         output_layer_init_method=_leave_as_built,

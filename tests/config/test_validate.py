@@ -7,6 +7,7 @@ from megatron_mm.config.validate import validate
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
+CP, COMM = "parallel.context_parallel_size", "parallel.context_parallel_comm"
 BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 layers, 64 wide, 4 heads over 2 keys
 
 
@@ -46,7 +47,27 @@ def test_accepts(world_size, overrides):
         (1, ["model.caption_first=-0.1"], r"model\.caption_first=-0\.1 must be between 0 and 1\."),
         (1, ["optim.lr=nan"], r"optim\.lr=nan must be 0 or more, and finite\."),
         (1, ["optim.clip_grad=-1"], r"optim\.clip_grad=-1\.0 must be 0 or more"),
-        (2, ["parallel.context_parallel_size=2"], r"parallel\.context_parallel_size=2 is not supported yet"),
+        (3, [f"{CP}=2"], r"x parallel\.context_parallel_size=2 needs a multiple of 2 processes"),
+        (
+            2,
+            [f"{CP}=2", "data.seq_length=513"],
+            r"data\.seq_length=513 must be a multiple of 2 = .*context_parallel_size=2",
+        ),
+        (2, [f"{CP}=2", "attention.backend=sdpa"], r"attention\.backend=sdpa gives no log-sum-exp"),
+        (
+            2,
+            [f"{CP}=2", f"{COMM}=a2a"],
+            r"context_parallel_comm=a2a must be one of auto, ring, exchange, ulysses, hybrid",
+        ),
+        (4, [f"{CP}=4", f"{COMM}=hybrid"], r"hybrid needs parallel\.ulysses_size=null to be a divisor"),
+        (4, [f"{CP}=4", f"{COMM}=hybrid", "parallel.ulysses_size=3"], r"ulysses_size=3 to be a divisor of .*size=4"),
+        (4, [f"{CP}=4", "parallel.ulysses_size=2"], r"ulysses_size=2 is only read with .*hybrid, not auto"),
+        (8, [f"{CP}=8", f"{COMM}=ulysses"], r"ulysses spreads the heads .*\(4 and 2 over 1\) over 8 ranks"),
+        (
+            2,
+            [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.feed_forward_block=33"],
+            r"feed_forward_block=33 must be a multiple of parallel\.tensor_model_parallel_size=2",
+        ),
         (2, ["parallel.expert_model_parallel_size=2"], r"parallel\.expert_model_parallel_size=2 is not supported yet"),
         (3, [f"{TP}=2"], r"tensor_model_parallel_size=2 x .* multiple of 2 processes, but the world size is 3"),
         (1, [f"{TP}=2", f"{PP}=2"], r"needs a multiple of 4 processes, but the world size is 1"),

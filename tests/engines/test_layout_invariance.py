@@ -39,6 +39,8 @@ LAYOUTS = {
     "cp2_recompute_full": (2, [CP, "parallel.recompute_granularity=full"]),
     "cp2_recompute_selective": (2, [CP, "parallel.recompute_granularity=selective"]),
     "cp2_micro_batch_2": (2, [CP, "train.micro_batch_size=2"]),
+    "feed_forward_blocks": (1, ["parallel.feed_forward_block=40"]),
+    "cp2_tp2_sp_feed_forward_blocks": (4, [CP, TP, SP, "parallel.feed_forward_block=20"]),
     "one_worker": (1, ["data.num_workers=1", "data.prefetch=0"]),
 }
 FAST = ("tp2_sp", "pp2_interleaved", "dp2", "cp2_ring")

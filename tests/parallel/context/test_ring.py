@@ -4,22 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from context_cases import spread
 from distributed import run_ranks
 from mm_kernels.span_attention import op, reference
 
 from megatron_mm import mask as masks
-from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.parallel.context import assignment as assignments
-from megatron_mm.parallel.context.groups import make_groups
-from megatron_mm.parallel.context.plan import plan_attention
-from megatron_mm.parallel.context.runtime import SpreadAttention
-from megatron_mm.parallel.context.schedule import needs
-from megatron_mm.parallel.context.ways import positions
-from megatron_mm.parallel.distributed import process_groups
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 S, D, HEADS, GROUPS = 384, 8, 4, 2
-CPU = torch.device("cpu")
 SPANS = [(30, 110), (140, 204)]
 SPAN = masks.with_spans(230, SPANS)
 ROWS = {
@@ -60,23 +53,10 @@ def dense(mask: np.ndarray) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, tensors["dout"])]
 
 
-def _spread(init_kwargs, mask, comm, inner, cut, dtype, attend) -> list[torch.Tensor]:
-    """out, dq, dk, dv of this rank's positions, and these."""
-    world, rank = init_kwargs["world_size"], init_kwargs["rank"]
-    with process_groups(ParallelConfig(context_parallel_size=world), 0, CPU, **init_kwargs):
-        groups = make_groups([inner])[inner]
-        assignment = getattr(assignments, cut)(mask if cut == "assign" else S, world // inner)
-        plan = plan_attention(mask, needs(mask, assignment), groups.outer.rank(), comm == "ring", True, CPU)
-        mine = torch.from_numpy(positions(assignment, inner)[rank])
-        tensors = {name: t[mine] for name, t in inputs(len(mask), dtype).items()}
-        leaves = [tensors[name].requires_grad_() for name in "qkv"]
-        out = SpreadAttention(plan, groups)(*leaves, attend=attend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, tensors["dout"]), mine]
-
-
 def assert_dense(name, comm, ranks, inner=1, cut="assign", dtype=torch.float64, attend=reference, tolerance=1e-12):
     mask = rows(name)
-    parts = run_ranks(_spread, ranks, mask, comm, inner, cut, dtype, attend)
+    assignment = getattr(assignments, cut)(mask if cut == "assign" else S, ranks // inner)
+    parts = run_ranks(spread, ranks, inputs(len(mask), dtype), mask, assignment, comm, inner, attend)
     where = torch.cat([part[-1] for part in parts])
     assert torch.equal(where.sort().values, torch.arange(S))
     for number, truth in enumerate(dense(mask)):
