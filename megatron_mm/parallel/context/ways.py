@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.config.validate import heads_divide
-from megatron_mm.parallel.context.assignment import Assignment, assign, chunk_areas
+from megatron_mm.parallel.context.assignment import Assignment, assign, chunk_areas, contiguous
 from megatron_mm.parallel.context.predict import Hardware, Prediction, Work, estimated_pairs, predict
 from megatron_mm.parallel.context.schedule import Needs, needs
 
@@ -56,21 +56,22 @@ class Ways:
 
     def describe(self) -> str:
         """A line for the log."""
-        names = [
-            ("ring" if relays else "exchange") + (f" over ulysses of {inner}" if inner > 1 else "")
-            if inner < self.ranks
-            else "ulysses"
-            for inner, relays in self.options
-        ]
-        return names[0] if len(names) == 1 else f"the fastest by prediction of {', '.join(dict.fromkeys(names))}"
+        names = list(dict.fromkeys(self.name(*option) for option in self.options))
+        return names[0] if len(names) == 1 else f"the fastest by prediction of {', '.join(names)}"
+
+    def name(self, inner: int, relays: bool) -> str:
+        if inner == self.ranks:
+            return "ulysses"
+        return ("ring" if relays else "exchange") + (f" over ulysses of {inner}" if inner > 1 else "")
 
     def best(self, mask: np.ndarray) -> Meeting:
         """The way that is predicted to take the least time for rows with this mask, int32 [B, 2 or 3, S]; the same on
-        every rank."""
-        needed = {inner: needs(mask, assign(mask, self.ranks // inner)) for inner in self.inner_sizes}
-        meetings = [Meeting(needed[inner], relays, inner) for inner, relays in self.options]
+        every rank. Where there is a choice, contiguous parts are one too: out of balance, but little has to travel."""
+        balanced = {inner: needs(mask, assign(mask, self.ranks // inner)) for inner in self.inner_sizes}
+        meetings = [Meeting(balanced[inner], relays, inner) for inner, relays in self.options]
         if len(meetings) == 1:
             return meetings[0]
+        meetings.append(Meeting(needs(mask, contiguous(mask.shape[2], self.ranks)), False, 1))
         return min(meetings, key=lambda meeting: self.predict(mask, meeting).total)
 
     def predict(self, mask: np.ndarray, meeting: Meeting) -> Prediction:

@@ -1,0 +1,125 @@
+"""`python -m megatron_mm.plan experiment=longcontext_1m [world_size=N] [masks=NAME,...] [key=value ...]`
+
+Prints what a run will need, from its configuration alone: memory of a GPU part by part, and for each named mask of
+packed rows how balanced the context-parallel parts are, what they send, and how long a step takes by prediction.
+Further keys are those of the run. Rates and links are keys too; the defaults are an H100's, assumed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS
+from mm_kernels.span_attention.benchmark.distributions import mask as named_mask
+from rich.console import Console
+from rich.table import Table
+
+from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.cli import user_errors
+from megatron_mm.config.compose import Config, ConfigError, compose
+from megatron_mm.config.validate import validate
+from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.context.predict import Hardware
+from megatron_mm.plan.memory import Memory, estimate, parameters
+from megatron_mm.plan.time import StepTime, step_time
+from megatron_mm.report.mfu import DENSE_BF16_PEAKS, trunk_flops
+
+PEAK = DENSE_BF16_PEAKS["H100"]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    world_size: int = 256
+    """GPUs of the run."""
+    masks: str = "interleaved,docs,causal"
+    """Named masks (`mm_kernels.span_attention.benchmark.distributions`), with commas."""
+    text_vocab_size: int = 32000
+    gpu_gigabytes: float = 80.0
+    node_size: int = 8
+    product_tflops: float = 600.0
+    """Of matrix products on one GPU."""
+    attention_tflops: float = Hardware.tflops
+    node_gigabytes: float = Hardware.node_gigabytes
+    """A second and direction between GPUs of a node."""
+    network_gigabytes: float = Hardware.network_gigabytes
+
+
+def main(arguments: Sequence[str]) -> None:
+    own = {field.name for field in fields(PlanConfig)}
+    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
+    plan = parse_arguments(PlanConfig(), mine)
+    config = compose([argument for argument in arguments if argument not in mine])
+    validate(config, plan.world_size)
+    names = plan.masks.split(",")
+    if unknown := next((name for name in names if name not in DISTRIBUTIONS), None):
+        raise ConfigError(f"masks={unknown} is unknown; masks: {', '.join(DISTRIBUTIONS)}.")
+    vocab_size = build_family(config.model, plan.text_vocab_size).vocab.size
+    console = Console(soft_wrap=True, highlight=False)
+    _, total = parameters(config, vocab_size)
+    console.print(f"{config.run.name}: {total / 1e9:.2f}B weights, {_layout(config, plan.world_size)}")
+    console.print(_memory_table(estimate(config, vocab_size, plan.world_size), plan))
+    tp = config.parallel.tensor_model_parallel_size
+    hardware = Hardware(
+        plan.attention_tflops, plan.node_gigabytes, plan.network_gigabytes, node_size=max(plan.node_size // tp, 1)
+    )
+    steps = {}
+    for name in names:
+        rows = named_mask(name, config.data.seq_length)[None]
+        steps[name] = step_time(config, vocab_size, plan.world_size, rows, hardware, plan.product_tflops)
+    console.print(_time_table(steps, config, vocab_size, plan))
+    console.print(
+        "Times are predicted from assumed rates, and leave out elementwise work, tensor- and data-parallel traffic and "
+        "the optimizer.",
+        markup=False,
+    )
+
+
+def _layout(config: Config, world_size: int) -> str:
+    parallel, length = config.parallel, config.data.seq_length
+    return (
+        f"{length:,} tokens a row, {length // parallel.context_parallel_size:,} on each context-parallel rank; "
+        f"{world_size} GPUs = tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
+        f"{world_size // parallel.model_parallel_size}"
+    )
+
+
+def _memory_table(memory: Memory, plan: PlanConfig) -> Table:
+    table = Table("memory of a GPU")
+    table.add_column("GB", justify="right")
+    for field in fields(memory):
+        table.add_row(field.name, f"{getattr(memory, field.name) / 1e9:.2f}")
+    verdict = "fits" if memory.total / 1e9 < 0.9 * plan.gpu_gigabytes else "does not fit"
+    table.add_row(f"total ({verdict} {plan.gpu_gigabytes:g} GB)", f"{memory.total / 1e9:.2f}", style="bold")
+    return table
+
+
+def _time_table(steps: dict[str, StepTime], config: Config, vocab_size: int, plan: PlanConfig) -> Table:
+    table = Table("a step, by mask", *steps)
+    tokens = config.train.global_batch_size * config.data.seq_length
+
+    def mfu(step: StepTime) -> float:
+        flops = trunk_flops(config.model.trunk, vocab_size, tokens, int(config.train.global_batch_size * step.pairs))
+        return flops / step.total / plan.world_size / PEAK
+
+    lines: dict[str, Callable[[StepTime], str]] = {
+        "keys and values travel by": lambda step: step.way,
+        "largest area / mean": lambda step: f"{step.imbalance:.3f}",
+        "MB received a layer": lambda step: f"{step.received_bytes / 1e6:,.0f}",
+        "attention, s": lambda step: f"{step.attention:.2f}",
+        "of it, compute in balance": lambda step: f"{step.efficiency:.0%}",
+        "products, s": lambda step: f"{step.products:.2f}",
+        "step, s": lambda step: f"{step.total:.2f}",
+        "tokens/s/GPU": lambda step: f"{tokens / step.total / plan.world_size:,.0f}",
+        "MFU": lambda step: f"{mfu(step):.0%}",
+    }
+    for name, text in lines.items():
+        table.add_row(name, *map(text, steps.values()))
+    return table
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])

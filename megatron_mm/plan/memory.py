@@ -1,0 +1,102 @@
+"""How much memory of one GPU a run takes, part by part, from its configuration alone.
+
+Counted: what grows with the model or the context. Left out: the CUDA context and NCCL's buffers (1 to 2 GB), the
+allocator's fragments, and a family's parts beside the vocabulary (patch layers, U-Nets).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_mm.config.compose import Config
+
+LOGITS_BYTES = 2**30
+"""Of the chunk of logits that exists at a time; see `mm_kernels.vocab_loss`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the GPU that has most."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    kept: float
+    """Activations between forward and backward pass."""
+    layer: float
+    """One layer at work, that is computed again or differentiated, with the keys and values of two ring steps."""
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def parameters(config: Config, vocab_size: int) -> tuple[float, float]:
+    """(weights of one rank at most, weights of the whole trunk with embedding and head)."""
+    trunk, parallel = config.model.trunk, config.parallel
+    width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
+    layer = 2 * width * width + 2 * width * kv + 3 * width * trunk.ffn_size
+    embedding = vocab_size * width
+    stage = trunk.num_layers / parallel.pipeline_model_parallel_size * layer
+    ends = embedding * (2 if parallel.pipeline_model_parallel_size == 1 else 1)
+    return (stage + ends) / parallel.tensor_model_parallel_size, trunk.num_layers * layer + 2 * embedding
+
+
+def estimate(config: Config, vocab_size: int, world_size: int) -> Memory:
+    """The memory of a run on `world_size` GPUs."""
+    trunk, parallel, train = config.model.trunk, config.parallel, config.train
+    element = train.dtype.itemsize
+    rank_weights, _ = parameters(config, vocab_size)
+    replicas = world_size / (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    states = 12 if train.precision == "bf16" else 2 * element  # master weights and Adam's two moments in fp32
+    tokens = config.data.seq_length / parallel.context_parallel_size * train.micro_batch_size
+    pp = parallel.pipeline_model_parallel_size
+    data_ranks = replicas / parallel.context_parallel_size
+    under_way = min(pp, max(train.global_batch_size / train.micro_batch_size / data_ranks, 1))
+    kept = {"full": layer_input, None: layer_activations, "selective": layer_activations}
+    per_token = kept[parallel.recompute_granularity](config) * element
+    return Memory(
+        weights=rank_weights * element,
+        gradients=rank_weights * (4 if train.precision == "bf16" else element),
+        optimizer=rank_weights * states / (replicas if parallel.use_distributed_optimizer else 1),
+        kept=tokens * per_token * trunk.num_layers / pp * under_way,
+        layer=tokens * _layer_at_work(config),
+        logits=LOGITS_BYTES,
+    )
+
+
+def layer_input(config: Config) -> float:
+    """Numbers a token that full recomputation keeps of a layer."""
+    parallel = config.parallel
+    return config.model.trunk.hidden_size / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+
+
+def layer_activations(config: Config) -> float:
+    """Numbers a token that a layer keeps without recomputation, by fused parts: inputs and outputs of both norms;
+    queries, keys and values before and after RoPE; attention's output; the feed-forward's two inner activations."""
+    trunk, parallel = config.model.trunk, config.parallel
+    width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
+    sharded = (width + 2 * kv) + (width + kv) + width
+    if parallel.context_parallel_size > 1:
+        sharded += 2 * kv  # keys and values side by side, as they travel
+    if parallel.feed_forward_block is None:
+        sharded += 3 * trunk.ffn_size
+    return 4 * layer_input(config) + sharded / parallel.tensor_model_parallel_size
+
+
+def _layer_at_work(config: Config) -> float:
+    """Bytes a token: a layer's activations, fp32 sums of attention and its gradients, two steps' keys and values with
+    the gradients that go home; and one block of the feed-forward."""
+    trunk, parallel = config.model.trunk, config.parallel
+    element, tp = config.train.dtype.itemsize, parallel.tensor_model_parallel_size
+    kv = trunk.kv_heads * trunk.head_dim
+    bytes_ = layer_activations(config) * element
+    if parallel.context_parallel_size > 1:
+        travelling = 4 * 2 * kv * element
+        sums = 4 * (2 * trunk.hidden_size + 2 * kv)
+        bytes_ += (travelling + sums) / tp
+    if parallel.feed_forward_block is not None:
+        part = config.data.seq_length / parallel.context_parallel_size
+        bytes_ += 6 * trunk.ffn_size * element / tp * min(parallel.feed_forward_block / part, 1)
+    return bytes_
