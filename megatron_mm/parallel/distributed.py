@@ -64,6 +64,14 @@ def agree(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
+def gather(value: float, device: torch.device) -> list[float]:
+    """Every rank's value, in rank order, on every rank."""
+    mine = torch.tensor(value, dtype=torch.float64, device=device)
+    values = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(values, mine)
+    return [float(each) for each in values]
+
+
 def on_first_rank(task: Callable[[], T]) -> T:
     """Runs `task` on rank 0 alone and hands its (picklable) result to every rank.
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+CP2 = ["parallel.context_parallel_size=2"]
 
 
 @pytest.fixture
@@ -61,9 +62,10 @@ def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
         ("transfusion", [], [], 2, 1e-6),
         ("transfusion", [], TP2, 2, 1e-5),
         ("chameleon", TP2, PP2, 2, 1e-5),
+        ("transfusion", CP2, TP2, 2, 1e-5),
         ("chameleon", ["checkpoint.async_save=true"], [], 1, 1e-5),
     ],
-    ids=["same-layout", "dp2-to-tp2", "tp2-to-pp2", "async-dp2-to-one"],
+    ids=["same-layout", "dp2-to-tp2", "tp2-to-pp2", "cp2-to-tp2", "async-dp2-to-one"],
 )
 def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run, tmp_path):
     expected = run_training(run(family, folder="whole"))

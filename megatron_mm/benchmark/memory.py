@@ -1,0 +1,147 @@
+"""`torchrun --nproc-per-node N -m megatron_mm.benchmark.memory out=FILE.csv [tokens=2048] [key=value ...]`
+
+Peak memory of a rank in a training step whose context grows with the ranks: N context-parallel ranks, one causal
+document of N x tokens, of which every rank needs all keys in the end. Appends a row to the CSV file. On CUDA the
+allocator's peak; on a CPU how far the step's largest resident set rises above that before it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_mm.benchmark.result import environment
+from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.cli import user_errors
+from megatron_mm.config.compose import Config, compose
+from megatron_mm.config.validate import validate
+from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.pack import pack
+from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.families.base import Family
+from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.distributed import gather, pick_device, process_groups
+from megatron_mm.types import PackedBatch, Sample, TextSegment
+
+MODEL = [
+    "model=chameleon_tiny", "run.name=memory", "data.path=none", "train.global_batch_size=1", "logging.wandb=disabled",
+    "model.trunk.num_layers=4", "model.trunk.hidden_size=256", "model.trunk.num_attention_heads=8",
+]  # fmt: skip
+TEXT_VOCABULARY = 1000
+CLEAR_PEAK = "5"
+"""Written to Linux' /proc/self/clear_refs, it makes the present resident set the largest one."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    out: str = "benchmarks/memory.csv"
+    tokens: int = 2048
+    """On each rank."""
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    ranks: int
+    comm: str
+    tokens_per_rank: int
+    seq_length: int
+    feed_forward_block: int | None
+    recompute: str
+    peak_mib: float
+    """Of the rank with most."""
+    mean_mib: float
+    device: str
+    torch: str
+    commit: str
+
+
+def main(arguments: Sequence[str]) -> None:
+    own = {field.name for field in fields(MemoryConfig)}
+    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
+    benchmark = parse_arguments(MemoryConfig(), mine)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    length = benchmark.tokens * ranks
+    further = [argument for argument in arguments if argument not in mine]
+    config = compose([*MODEL, f"data.seq_length={length}", f"parallel.context_parallel_size={ranks}", *further])
+    validate(config, ranks)
+    device = pick_device()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    family = build_family(config.model, TEXT_VOCABULARY)
+    with process_groups(config.parallel, config.train.seed, device) as layout:
+        engine = MegatronEngine(config, family, layout, device)
+        batch = one_document(family, length)
+        engine.step([batch])  # optimizer states, buffers of the process groups
+        peaks = [peak / 2**20 for peak in gather(_peak_of(engine, batch, device), device)]
+        if layout.rank == 0:
+            _append(Path(benchmark.out), _result(config, benchmark, peaks, device))
+
+
+def one_document(family: Family, length: int) -> PackedBatch:
+    """A row of `length` positions, all of them one document of random text."""
+    streams = Streams(0, 0, 0)
+    words = np.random.default_rng(0).integers(TEXT_VOCABULARY, size=length - family.length(0, 1, 0))
+    document = family.lay_out(Sample(0, "text", (TextSegment(words),)), streams)
+    return pack([[document]], length, family.fields, family.vocab.pad, [[streams.dropout_key]])
+
+
+def _peak_of(engine: MegatronEngine, batch: PackedBatch, device: torch.device) -> int:
+    """Bytes that a step takes at most, above what is there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        engine.step([batch])
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+    before = _resident("VmRSS")
+    engine.step([batch])
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _result(config: Config, benchmark: MemoryConfig, peaks: list[float], device: torch.device) -> MemoryResult:
+    around, parallel = environment(device), config.parallel
+    return MemoryResult(
+        ranks=len(peaks),
+        comm=parallel.context_parallel_comm,
+        tokens_per_rank=benchmark.tokens,
+        seq_length=config.data.seq_length,
+        feed_forward_block=parallel.feed_forward_block,
+        recompute=parallel.recompute_granularity or "none",
+        peak_mib=round(max(peaks), 1),
+        mean_mib=round(sum(peaks) / len(peaks), 1),
+        device=around["device"],
+        torch=around["torch"],
+        commit=around["commit"],
+    )
+
+
+def _append(path: Path, result: MemoryResult) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(result)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(result))
+    print(
+        f"{result.ranks} ranks, {result.seq_length} positions, {result.comm}: peak {result.peak_mib} MiB a rank "
+        f"(mean {result.mean_mib})"
+    )
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])
