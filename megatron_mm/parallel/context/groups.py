@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
@@ -37,4 +38,11 @@ def _split(all_ranks: list[tuple[int, ...]]) -> dist.ProcessGroup:
     """Makes every group, and returns the one that this rank is in."""
     groups = [dist.new_group(list(ranks)) for ranks in all_ranks]
     rank = dist.get_rank()
-    return next(group for ranks, group in zip(all_ranks, groups, strict=True) if rank in ranks)
+    mine = next(group for ranks, group in zip(all_ranks, groups, strict=True) if rank in ranks)
+    connect(mine)
+    return mine
+
+
+def connect(group: dist.ProcessGroup) -> None:
+    """Makes a group's connections while all of its ranks are here: NCCL forbids a first message among only some."""
+    dist.all_reduce(torch.zeros(1, device=torch.cuda.current_device()), group=group)

@@ -13,7 +13,7 @@ from megatron.core import parallel_state as mpu
 
 from megatron_mm.config.compose import Config
 from megatron_mm.families.base import Family
-from megatron_mm.parallel.context.groups import Groups, make_groups
+from megatron_mm.parallel.context.groups import Groups, connect, make_groups
 from megatron_mm.parallel.context.plan import AttentionPlan, plan_attention
 from megatron_mm.parallel.context.predict import Hardware, Work
 from megatron_mm.parallel.context.ring import PartialAttention, ring_attention
@@ -75,6 +75,7 @@ class ContextParallel:
             work = Work.of(family.trunk, config.train, layout.tp_size)
             self._ways = Ways.of(config.parallel, work, Hardware(node_size=max(near, 1)))
             self._groups = make_groups(self._ways.inner_sizes)
+            connect(mpu.get_context_parallel_group())
             if layout.rank == 0:
                 logger.info("context parallelism over %d ranks: %s", layout.cp_size, self._ways.describe())
 
