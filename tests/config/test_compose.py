@@ -23,14 +23,14 @@ def names(group: str) -> list[str]:
 def test_experiment_composes_and_validates(name):
     config = compose([f"experiment={name}"])
     assert config.run.dir == f"runs/{config.run.name}" and config.checkpoint.save == f"{config.run.dir}/checkpoints"
-    validate(config, world_size=1)
+    validate(config, config.parallel.model_parallel_size)
 
 
 @pytest.mark.parametrize("name", names("model"))
 def test_model_composes_and_validates(name):
     config = compose([f"model={name}", *MANDATORY])
     assert config.model.family == name.partition("_")[0]
-    validate(config, world_size=1)
+    validate(config, config.parallel.model_parallel_size)
 
 
 @pytest.mark.parametrize("group", GROUPS)
