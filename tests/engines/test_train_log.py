@@ -8,7 +8,7 @@ from tiny_runs import overrides_for
 
 
 def test_the_log_says_once_what_computes(shards, tmp_path):
-    overrides = overrides_for("transfusion", shards, tmp_path / "run", "train.train_iters=2", "logging.log_interval=1")
+    overrides = overrides_for("transfusion", shards, tmp_path / "run", "train.train_iters=3", "logging.log_interval=1")
     command = [sys.executable, "-m", "megatron_mm.train", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
@@ -16,4 +16,4 @@ def test_the_log_says_once_what_computes(shards, tmp_path):
     said = run.stdout + run.stderr
     for once in ("attention backend: reference (CPU", "elementwise parts: ", "> test: transfusion on cpu, world 1"):
         assert said.count(once) == 1, said
-    assert said.count(" iteration ") == 2
+    assert said.count(" iteration ") == 3
