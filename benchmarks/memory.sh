@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Peak memory of a rank while ranks and context grow together: 1, 2, 4 and 8 ranks, every way of sending keys.
-#   benchmarks/memory.sh OUT.csv [TOKENS]     tokens on each rank (default 1024); one row a measurement is appended
+#   benchmarks/memory.sh OUT.csv [TOKENS]     tokens on each rank (default 512); one row a measurement is appended
 set -euo pipefail
 [[ $# -ge 1 ]] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
-out=$(realpath "$1"); tokens=${2:-1024}
+out=$(realpath "$1"); tokens=${2:-512}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

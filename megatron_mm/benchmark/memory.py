@@ -1,13 +1,14 @@
 """`torchrun --nproc-per-node N -m megatron_mm.benchmark.memory out=FILE.csv [tokens=2048] [key=value ...]`
 
 Peak memory of a rank in a training step whose context grows with the ranks: N context-parallel ranks, one causal
-document of N x tokens, of which every rank needs all keys in the end. Appends a row to the CSV file. On CUDA the
-allocator's peak; on a CPU how far the step's largest resident set rises above that before it.
+document of N x tokens, of which every rank needs all keys in the end. Appends a row to the CSV file. What counts is
+what tensors take above what is there before the step, by CUDA's allocator or the profiler's record of the CPU's.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_mm.benchmark.result import environment
 from megatron_mm.config.arguments import parse_arguments
@@ -35,8 +37,6 @@ MODEL = [
     "model.trunk.num_layers=4", "model.trunk.hidden_size=256", "model.trunk.num_attention_heads=8",
 ]  # fmt: skip
 TEXT_VOCABULARY = 1000
-CLEAR_PEAK = "5"
-"""Written to Linux' /proc/self/clear_refs, it makes the present resident set the largest one."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,11 @@ def _peak_of(engine: MegatronEngine, batch: PackedBatch, device: torch.device) -
         before = torch.cuda.memory_allocated(device)
         engine.step([batch])
         return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    before = _resident("VmRSS")
-    engine.step([batch])
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine.step([batch])
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 def _result(config: Config, benchmark: MemoryConfig, peaks: list[float], device: torch.device) -> MemoryResult:

@@ -66,7 +66,7 @@ def step_time(
     return StepTime(
         way=way,
         imbalance=float(loads.max() / loads.mean()),
-        received_bytes=float(foreign.max() * work.bytes_per_key),
+        received_bytes=float(foreign.max() * work.bytes_per_key()),
         attention=rows * trunk.num_layers / parallel.pipeline_model_parallel_size * layer,
         efficiency=prediction.efficiency,
         products=rows * config.data.seq_length * flops / (1e12 * product_tflops * parallel.model_parallel_size),

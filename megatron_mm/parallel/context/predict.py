@@ -59,10 +59,10 @@ class Work:
         """Forward; pairs are counted over all rows."""
         return 4 * self.heads * self.head_dim
 
-    @property
-    def bytes_per_key(self) -> int:
-        """Keys and values of every row at one position."""
-        return 2 * self.rows * self.key_heads * self.head_dim * self.element_bytes
+    def bytes_per_key(self, inner: int = 1) -> float:
+        """Keys and values of every row at one position, of one of `inner` ranks that share the heads; too few key heads
+        are repeated."""
+        return 2 * self.rows * max(self.key_heads / inner, 1) * self.head_dim * self.element_bytes
 
     @property
     def bytes_per_query(self) -> int:
@@ -110,7 +110,7 @@ def predict(
         sources = [(number - 1) % ranks] if relays else owners
         moved = [relayed[:, distances[0]]] if relays else [counts[number, owner] for owner in owners]
         seconds = sum(
-            keys * work.bytes_per_key / inner / _link(number, source, hardware, inner)
+            keys * work.bytes_per_key(inner) / _link(number, source, hardware, inner)
             for keys, source in zip(moved, sources, strict=True)
         )
         transfer.append(np.where(sum(moved) > 0, seconds + latency, 0))
@@ -147,6 +147,6 @@ def _swap_seconds(needs: Needs, work: Work, hardware: Hardware, inner: int) -> f
     if inner == 1:
         return 0.0
     positions = needs.assignment.part / inner
-    moved = positions * (2 * work.bytes_per_query + work.bytes_per_key) * (inner - 1) / inner
+    moved = positions * (2 * work.bytes_per_query + inner * work.bytes_per_key(inner)) * (inner - 1) / inner
     rate = hardware.node_gigabytes if inner <= hardware.node_size else hardware.network_gigabytes
     return moved / (1e9 * rate) + 4e-6 * hardware.latency_microseconds

@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_mm.parallel.context.assignment import Assignment
 
+FAR = np.iinfo(np.int64).max
 Rows = Mapping[int, np.ndarray]
 """peer -> indices, int64."""
 
@@ -47,27 +48,29 @@ class Stage:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which keys each rank's queries need: in each chunk one interval of positions, [first, end).
+    """Which keys each rank's queries need of every chunk: those before `head`, for queries that stand before the chunk,
+    and those from `tail` on, for queries behind it. A rank's own chunks count as a whole.
 
-    first, end: int64 [ranks, chunks]; end <= first where a rank needs nothing of a chunk.
+    head, tail: int64 [ranks, chunks], positions from the chunk's start to its end.
     """
 
     assignment: Assignment
-    first: np.ndarray
-    end: np.ndarray
+    head: np.ndarray
+    tail: np.ndarray
 
     def of(self, ranks: np.ndarray | int, owner: int) -> np.ndarray:
         """Positions of `owner` that a rank needs, or any of several: int64, ascending."""
         chunks = self.assignment.chunks[owner]
-        first, end = (np.atleast_2d(side[ranks])[:, chunks] for side in (self.first, self.end))
-        empty = end <= first
-        first = np.where(empty, np.iinfo(np.int64).max, first).min(0)
-        return ranges(first, np.where(empty, 0, end).max(0))
+        start = self.assignment.starts[owner]
+        head = np.atleast_2d(self.head[ranks])[:, chunks].max(0, initial=0)
+        tail = np.atleast_2d(self.tail[ranks])[:, chunks].min(0, initial=FAR)
+        first = np.stack([start, np.maximum(tail, head)], axis=1)
+        return ranges(first.ravel(), np.stack([head, start + self.assignment.chunk_size], axis=1).ravel())
 
     def counts(self) -> np.ndarray:
         """How many keys of each owner each rank needs: int64 [ranks, owners]."""
-        sizes = (self.end - self.first).clip(0)
-        return sizes[:, self.assignment.chunks].sum(-1)
+        start = np.arange(self.head.shape[1]) * self.assignment.chunk_size
+        return _sizes(start, self.head, self.tail, self.assignment.chunk_size)[:, self.assignment.chunks].sum(-1)
 
 
 def needs(mask: np.ndarray, assignment: Assignment) -> Needs:
@@ -80,16 +83,19 @@ def needs(mask: np.ndarray, assignment: Assignment) -> Needs:
     # lo and hi never decrease, so a chunk's queries need the one range from the first's first key to the last's last.
     first, end = (side.astype(np.int64) for side in (mask[:, 0, ::size], mask[:, 1, size - 1 :: size]))
     empty = end <= first
-    first = np.where(empty, mask.shape[2], first).min(0)[assignment.chunks][..., None]  # [ranks, m, 1]
-    end = np.where(empty, 0, end).max(0)[assignment.chunks][..., None]
-    start = np.arange(0, mask.shape[2], size)
-    first, end = np.maximum(first, start), np.minimum(end, start + size)
-    empty = end <= first
-    return Needs(
-        assignment,
-        np.where(empty, mask.shape[2], first).min(1),
-        np.where(empty, 0, end).max(1),
-    )
+    first, end = np.where(empty, FAR, first).min(0), np.where(empty, 0, end).max(0)
+    start = np.arange(len(first)) * size
+    owned = np.zeros((assignment.ranks, len(first)), bool)
+    owned[np.arange(assignment.ranks)[:, None], assignment.chunks] = True
+    reach_forward = np.maximum.accumulate(np.where(owned, end, 0), axis=1)
+    reach_back = np.minimum.accumulate(np.where(owned, first, FAR)[:, ::-1], axis=1)[:, ::-1]
+    head = np.where(owned, start + size, reach_forward.clip(start, start + size))
+    return Needs(assignment, head, reach_back.clip(start, start + size))
+
+
+def _sizes(start: np.ndarray, head: np.ndarray, tail: np.ndarray, size: int) -> np.ndarray:
+    """How many keys stand before `head` or from `tail` on."""
+    return head - start + start + size - np.maximum(tail, head)
 
 
 def exchange_distances(needs: Needs) -> list[list[int]]:
@@ -172,14 +178,12 @@ def relayed_counts(needs: Needs) -> np.ndarray:
     ranks = assignment.ranks
     owner = np.arange(ranks)
     counts = np.zeros((ranks, ranks), np.int64)
-    first, end = np.full(assignment.chunks.shape, np.iinfo(np.int64).max), np.zeros(assignment.chunks.shape, np.int64)
+    head, tail = assignment.starts.copy(), assignment.starts + assignment.chunk_size
     for distance in range(ranks - 1, 0, -1):
         rank = (owner + distance) % ranks
-        own_first, own_end = (side[rank[:, None], assignment.chunks] for side in (needs.first, needs.end))
-        some = own_end > own_first
-        first = np.where(some, np.minimum(first, own_first), first)
-        end = np.where(some, np.maximum(end, own_end), end)
-        counts[rank, distance] = (end - np.minimum(first, end)).sum(1)
+        head = np.maximum(head, needs.head[rank[:, None], assignment.chunks])
+        tail = np.minimum(tail, needs.tail[rank[:, None], assignment.chunks])
+        counts[rank, distance] = _sizes(assignment.starts, head, tail, assignment.chunk_size).sum(1)
     return counts
 
 
