@@ -29,7 +29,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
 def parameters(config: Config, vocab_size: int) -> tuple[float, float]:

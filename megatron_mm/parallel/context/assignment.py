@@ -48,7 +48,8 @@ class Assignment:
 
     def positions(self, rank: int) -> np.ndarray:
         """Every position of a rank, ascending: int64 [part]."""
-        return (self.starts[rank][:, None] + np.arange(self.chunk_size)).ravel()
+        positions: np.ndarray = self.starts[rank][:, None] + np.arange(self.chunk_size)
+        return positions.ravel()
 
 
 def contiguous(length: int, ranks: int) -> Assignment:
@@ -106,9 +107,9 @@ def chunk_areas(mask: np.ndarray, chunk: int, step: int = 1) -> np.ndarray:
     batch, rows, length = mask.shape
     sample = slice(step // 2, None, step)
     lo, hi = (mask[:, side].reshape(batch, -1, chunk)[..., sample] for side in (0, 1))
-    areas = (hi - lo).clip(0).sum((0, 2), dtype=np.int64) * step
+    areas: np.ndarray = (hi - lo).clip(0).sum((0, 2), dtype=np.int64) * step
     if rows == 3:
-        areas -= sum(_hidden(*row) for row in mask).reshape(-1, chunk).sum(1)
+        areas -= np.stack([_hidden(*row) for row in mask]).reshape(batch, -1, chunk).sum((0, 2))
     return areas
 
 
@@ -118,7 +119,8 @@ def _hidden(lo: np.ndarray, hi: np.ndarray, until: np.ndarray) -> np.ndarray:
     end = np.searchsorted(lo, keys, side="right")
     first = np.minimum(np.maximum(until[keys], np.searchsorted(hi, keys, side="right")), end)
     change = np.bincount(first, minlength=len(lo) + 1) - np.bincount(end, minlength=len(lo) + 1)
-    return np.cumsum(change)[:-1]
+    hidden: np.ndarray = np.cumsum(change)[:-1]
+    return hidden
 
 
 def _swap_in_pairs(held: np.ndarray, areas: np.ndarray, price: np.ndarray) -> bool:

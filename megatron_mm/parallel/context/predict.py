@@ -98,7 +98,8 @@ def predict(
     """
     ranks = needs.assignment.ranks
     number = np.arange(ranks)
-    counts, relayed = needs.counts(), relayed_counts(needs) if relays else None
+    counts = needs.counts()
+    relayed = relayed_counts(needs) if relays else counts
     rate = hardware.tflops * 1e12 / work.flops_per_pair * inner
     stages = [[distance] for distance in range(1, ranks)] if relays else exchange_distances(needs)
     launch, latency = 1e-6 * hardware.launch_microseconds, 1e-6 * hardware.latency_microseconds
@@ -126,7 +127,8 @@ def predict(
 def estimated_pairs(needs: Needs, loads: np.ndarray) -> np.ndarray:
     """[ranks, owners]: each rank's pairs, spread over owners as the keys are that it needs."""
     counts = needs.counts()
-    return counts * (loads / np.maximum(counts.sum(1), 1))[:, None]
+    pairs: np.ndarray = counts * (loads / np.maximum(counts.sum(1), 1))[:, None]
+    return pairs
 
 
 def _link(rank: np.ndarray, source: np.ndarray, hardware: Hardware, inner: int) -> np.ndarray:

@@ -69,8 +69,9 @@ class Needs:
 
     def counts(self) -> np.ndarray:
         """How many keys of each owner each rank needs: int64 [ranks, owners]."""
-        start = np.arange(self.head.shape[1]) * self.assignment.chunk_size
-        return _sizes(start, self.head, self.tail, self.assignment.chunk_size)[:, self.assignment.chunks].sum(-1)
+        sizes = _sizes(self.head, self.tail, self.assignment.chunk_size)
+        counts: np.ndarray = sizes[:, self.assignment.chunks].sum(-1)
+        return counts
 
 
 def needs(mask: np.ndarray, assignment: Assignment) -> Needs:
@@ -93,9 +94,10 @@ def needs(mask: np.ndarray, assignment: Assignment) -> Needs:
     return Needs(assignment, head, reach_back.clip(start, start + size))
 
 
-def _sizes(start: np.ndarray, head: np.ndarray, tail: np.ndarray, size: int) -> np.ndarray:
-    """How many keys stand before `head` or from `tail` on."""
-    return head - start + start + size - np.maximum(tail, head)
+def _sizes(head: np.ndarray, tail: np.ndarray, size: int) -> np.ndarray:
+    """How many keys of a chunk stand before `head` or from `tail` on."""
+    counts: np.ndarray = head + size - np.maximum(tail, head)
+    return counts
 
 
 def exchange_distances(needs: Needs) -> list[list[int]]:
@@ -183,7 +185,7 @@ def relayed_counts(needs: Needs) -> np.ndarray:
         rank = (owner + distance) % ranks
         head = np.maximum(head, needs.head[rank[:, None], assignment.chunks])
         tail = np.minimum(tail, needs.tail[rank[:, None], assignment.chunks])
-        counts[rank, distance] = _sizes(assignment.starts, head, tail, assignment.chunk_size).sum(1)
+        counts[rank, distance] = _sizes(head, tail, assignment.chunk_size).sum(1)
     return counts
 
 
