@@ -1,4 +1,5 @@
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -98,3 +99,38 @@ def test_folder(tmp_path):
     (tmp_path / "src" / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"a.png has no caption"):
         main([*command, "--force"])
+
+
+PAGE = """<html><head><title>no</title><style>b {}</style></head><body><nav>skip <a>me</a></nav>
+<h1>Brushes</h1><p>Choose  a <b>brush</b>.</p><img src="big.png"><p>Then paint &amp; look:</p>
+<img src="icon.png"><p>as here</p><img src="https://example.org/x.png"><img src="../shared.jpg">
+<script>var x = "<img src='big.png'>";</script></body></html>"""
+
+
+def test_html(tmp_path):
+    pages = tmp_path / "manual" / "pages"
+    pages.mkdir(parents=True)
+    (pages / "v1.2-brushes.html").write_text(PAGE)
+    (pages / "empty.html").write_text("<html><body><img src='missing.png'></body></html>")
+    Image.new("RGB", (100, 80), "red").save(pages / "big.png")
+    Image.new("RGB", (16, 16)).save(pages / "icon.png")
+    Image.new("L", (64, 64)).save(tmp_path / "manual" / "shared.jpg")
+    out = tmp_path / "out"
+    main(["html", "--src", str(tmp_path / "manual"), "--out", str(out), "--held-out", "0"])
+    assert sample_of(out / "train")["segments"] == [
+        {"type": "text", "text": "Brushes Choose a brush."},
+        {"type": "image", "file": "0.png"},
+        {"type": "text", "text": "Then paint & look: as here"},
+        {"type": "image", "file": "1.jpeg"},
+    ]
+    assert json.loads((out / "dataset.json").read_text())["splits"]["train"] == {"documents": 1, "images": 2}
+    with pytest.raises(ValueError, match="holds no pages"):
+        main(["html", "--src", str(out), "--out", str(tmp_path / "again")])
+
+
+def sample_of(folder) -> dict:
+    """The JSON of the only document in a folder of shards."""
+    (shard,) = folder.glob("*.tar")
+    with tarfile.open(shard) as tar:
+        (name,) = (member for member in tar.getnames() if member.endswith(".json"))
+        return json.loads(tar.extractfile(name).read())
