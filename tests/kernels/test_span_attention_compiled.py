@@ -41,7 +41,7 @@ def test_the_operator_keeps_what_it_promises_to_torch():
     """Schema, fake implementation and autograd registration, by torch's own check."""
     (q, k, v), mask = problem()
     for until in (None, mask[:, 2]):
-        torch.library.opcheck(op._forward, (q, k, v, mask[:, :2], until, 0.25))
+        torch.library.opcheck(op.forward, (q, k, v, mask[:, :2], until, 0.25))
     out, lse = op.span_attention(q, k, v, mask, scale=0.25)
     torch.library.opcheck(
         op.backward,
