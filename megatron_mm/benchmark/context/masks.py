@@ -14,7 +14,6 @@ from megatron_mm.benchmark.context.arguments import DATA, Study
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.dataset import document_lengths
-from megatron_mm.data.image_codec import PixelCodec
 from megatron_mm.data.index import build_index
 from megatron_mm.data.plan import epoch_order
 from megatron_mm.data.sample import SampleReader
@@ -76,9 +75,7 @@ class _Dataset:
 
 
 class _Blank:
-    """An image codec that leaves pictures unread: a mask does not depend on what they show."""
-
-    limit = None
+    """What `SampleReader` asks of an image codec, with pictures unread: a mask does not depend on what they show."""
 
     def __init__(self, config: Config, family: Family):
         image, self.codes = config.model.image, family.vocab.image_codes
@@ -87,12 +84,5 @@ class _Blank:
             partial(np.zeros, size, np.int64) if self.codes else partial(np.zeros, (image.channels, *size), np.float32)
         )
 
-    @property
-    def pixels(self) -> PixelCodec:
-        raise NotImplementedError
-
     def encode(self, image: Image.Image) -> np.ndarray:
         return self._make()
-
-    def decode(self, array: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
