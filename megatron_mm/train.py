@@ -86,7 +86,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
 
     loader = StepLoader(
         plan, reader, family, config.data, config.train.seed, config.train.global_batch_size,
-        config.train.micro_batch_size, layout.dp_rank, layout.dp_size, state,
+        config.train.micro_batch_size, layout.dp_rank, layout.dp_size, state, engine.prepare,
     )  # fmt: skip
     writer = None
     if layout.rank == 0:

@@ -13,7 +13,7 @@ from megatron_mm.parallel.context.plan import plan_attention
 from megatron_mm.parallel.context.ring import PartialAttention
 from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.context.schedule import needs
-from megatron_mm.parallel.context.ways import positions
+from megatron_mm.parallel.context.ways import Meeting, positions
 from megatron_mm.parallel.distributed import process_groups
 
 CPU = torch.device("cpu")
@@ -37,7 +37,8 @@ def spread(
     world, rank = init_kwargs["world_size"], init_kwargs["rank"]
     with process_groups(ParallelConfig(context_parallel_size=world), 0, CPU, **init_kwargs):
         groups = make_groups([inner])[inner]
-        plan = plan_attention(mask, needs(mask, assignment), groups.outer.rank(), comm == "ring", True, CPU)
+        meeting, outer = Meeting(needs(mask, assignment), comm == "ring", inner), groups.outer.rank()
+        plan = plan_attention(mask, assignment, meeting.stages(outer), outer, True, CPU)
         mine = torch.from_numpy(positions(assignment, inner)[rank])
         part = {name: tensor[mine] for name, tensor in tensors.items()}
         leaves = [part[name].requires_grad_() for name in "qkv"]

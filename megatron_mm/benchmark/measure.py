@@ -67,7 +67,8 @@ class Bench:
         engine = self._engine_for(config, family)
         peer = run.variant.peer
         attend = peer(mask_rows=3 if family.hides_keys else 2) if peer else BACKENDS[parts.attention]
-        step = lambda number: engine.step(steps[number % len(steps)])  # noqa: E731
+        prepared = [[engine.prepare(batch) for batch in batches] for batches in steps]
+        step = lambda number: engine.step(prepared[number % len(prepared)])  # noqa: E731
         shares: list[Share] = []
         with attending(engine.models[0], attend):
             seconds, metrics, peak_bytes = time_steps(step, benchmark.warmup, benchmark.steps, device)

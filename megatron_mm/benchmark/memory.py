@@ -26,7 +26,7 @@ from megatron_mm.config.compose import Config, compose
 from megatron_mm.config.validate import validate
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
-from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.engines.megatron import MegatronEngine, MicroBatch
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import gather, pick_device, process_groups
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     family = build_family(config.model, TEXT_VOCABULARY)
     with process_groups(config.parallel, config.train.seed, device) as layout:
         engine = MegatronEngine(config, family, layout, device)
-        batch = one_document(family, length)
+        batch = engine.prepare(one_document(family, length))
         engine.step([batch])  # optimizer states, buffers of the process groups
         peaks = [peak / 2**20 for peak in gather(_peak_of(engine, batch, device), device)]
         if layout.rank == 0:
@@ -92,7 +92,7 @@ def one_document(family: Family, length: int) -> PackedBatch:
     return pack([[document]], length, family.fields, family.vocab.pad, [[streams.dropout_key]])
 
 
-def _peak_of(engine: MegatronEngine, batch: PackedBatch, device: torch.device) -> int:
+def _peak_of(engine: MegatronEngine, batch: MicroBatch, device: torch.device) -> int:
     """Bytes that a step takes at most, above what is there before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -7,9 +7,11 @@ cheap, and reads only its own packs. The state after a step is all that a resume
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import Generic, TypeVar
 
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.corrupt import Streams
@@ -43,25 +45,30 @@ class DataState:
         return cls(**state)
 
 
+Batch = TypeVar("Batch")
+
+
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[Batch]):
     """One optimizer step of one rank.
 
     batches: its micro-batches in order. state: after this step. documents, tokens: of the step over all ranks, by the
     plan (a family that drops a condition may lay out fewer positions than planned).
     """
 
-    batches: list[PackedBatch]
+    batches: list[Batch]
     state: DataState
     documents: int
     tokens: int
 
 
-class StepLoader:
+class StepLoader(Generic[Batch]):
     """Iterates steps for ever, `data.prefetch` of them read ahead by `data.num_workers` threads.
 
     Pack k of a step is row i of micro-batch j on rank r, where k = (j * dp_size + r) * micro_batch_size + i, as in
     Megatron-LM. An error in a sample surfaces at its step, names the sample and closes the loader.
+
+    Every micro-batch goes through `prepare` in its thread.
 
     Raises:
         ValueError: the batch sizes do not divide, or `state` comes from other data or another seed or seq_length.
@@ -79,6 +86,7 @@ class StepLoader:
         dp_rank: int,
         dp_size: int,
         state: DataState = DataState(),  # noqa: B008 (immutable)
+        prepare: Callable[[PackedBatch], Batch] = lambda batch: batch,  # type: ignore[assignment,return-value]
     ):
         if global_batch_size % (micro_batch_size * dp_size):
             raise ValueError(
@@ -94,18 +102,19 @@ class StepLoader:
                 "data.seq_length, data.window, the seed or the model's layout changed. Restore them or start anew."
             )
         self._plan, self._reader, self._layout, self._seed = plan, reader, layout, seed
+        self._prepare = prepare
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch = data.prefetch
         self._submitted = replace(state, plan=fingerprint)
         self._walk = plan.walk(Position(state.epoch, state.window, state.pack))
         self._threads = ThreadPoolExecutor(data.num_workers, thread_name_prefix="data")
-        self._ahead: deque[tuple[list[Future[PackedBatch]], DataState, int, int]] = deque()
+        self._ahead: deque[tuple[list[Future[Batch]], DataState, int, int]] = deque()
 
-    def __iter__(self) -> StepLoader:
+    def __iter__(self) -> StepLoader[Batch]:
         return self
 
-    def __next__(self) -> Step:
+    def __next__(self) -> Step[Batch]:
         try:
             while len(self._ahead) <= self._prefetch:
                 self._submit()
@@ -138,12 +147,13 @@ class StepLoader:
         )
         self._ahead.append((futures, self._submitted, documents, tokens))
 
-    def _read(self, rows: list[tuple[int, Pack]]) -> PackedBatch:
+    def _read(self, rows: list[tuple[int, Pack]]) -> Batch:
         """One micro-batch, in a thread."""
         streams = [[Streams(self._seed, uid, epoch) for uid in uids] for epoch, uids in rows]
         documents = [[self._lay_out(stream) for stream in row] for row in streams]
         keys = [[stream.dropout_key for stream in row] for row in streams]
-        return pack(documents, self._plan.seq_length, self._layout.fields, self._layout.vocab.pad, keys)
+        packed = pack(documents, self._plan.seq_length, self._layout.fields, self._layout.vocab.pad, keys)
+        return self._prepare(packed)
 
     def _lay_out(self, streams: Streams) -> Document:
         sample = self._reader.read(streams.uid)

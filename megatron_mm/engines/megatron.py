@@ -33,6 +33,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """What a step needs to know of a micro-batch, on the host.
+
+    counts: labels of each loss term in the whole rows, as `tokens` (non-padding positions) and `pairs` (allowed by the
+    mask; 0 on a CPU) are. part: what this rank computes of them.
+    """
+
+    part: HostPart
+    counts: dict[str, int]
+    tokens: int
+    pairs: int
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """What one optimizer step reports. `losses` are means over each term's own global count."""
 
@@ -121,7 +135,12 @@ class MegatronEngine:
         self.optimizer, self.schedule = build_optimizer(self.chunks, config.optim, parallel, config.train)
         self._forward_backward = get_forward_backward_func()
 
-    def step(self, batches: list[PackedBatch]) -> StepMetrics:
+    def prepare(self, batch: PackedBatch) -> MicroBatch:
+        """What the host has to do for a micro-batch before its step; may run in a thread."""
+        pairs = sum(area(row) for row in batch.mask.numpy()) if self.device.type == "cuda" else 0
+        return MicroBatch(self.context.part(batch), self.family.counts(batch), batch.real_tokens, pairs)
+
+    def step(self, batches: list[MicroBatch]) -> StepMetrics:
         """One optimizer step over this rank's micro-batches of the global batch."""
         counts, tokens, pairs = self._global_counts(batches)
         for chunk in self.chunks:
@@ -130,8 +149,9 @@ class MegatronEngine:
         self.optimizer.zero_grad()
 
         weights = [term.weight / max(counts[term.name], 1) for term in self.family.terms]
-        parts = [self.context.part(batch) for batch in batches]
-        sums = self._run(parts, torch.tensor(weights, dtype=torch.float64), forward_only=False)
+        sums = self._run(
+            [batch.part for batch in batches], torch.tensor(weights, dtype=torch.float64), forward_only=False
+        )
         stepped, grad_norm = clip_and_step(self.optimizer)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if stepped:
@@ -170,17 +190,14 @@ class MegatronEngine:
             total += sums.double()
         return total
 
-    def _global_counts(self, batches: list[PackedBatch]) -> tuple[dict[str, int], int, int | None]:
+    def _global_counts(self, batches: list[MicroBatch]) -> tuple[dict[str, int], int, int | None]:
         """(labels of each loss term, non-padding positions, allowed pairs), summed over the data-parallel ranks."""
-        counts = [self.family.counts(batch) for batch in batches]
         names = [term.name for term in self.family.terms]
-        on_gpu = self.device.type == "cuda"
-        pairs = sum(area(row) for batch in batches for row in batch.mask.numpy()) if on_gpu else 0
-        local = [sum(c[name] for c in counts) for name in names] + [sum(b.real_tokens for b in batches), pairs]
-        total = torch.tensor(local, device=self.device)
+        rows = [[batch.counts[name] for name in names] + [batch.tokens, batch.pairs] for batch in batches]
+        total = torch.tensor(rows, device=self.device).sum(0)
         dist.all_reduce(total, group=mpu.get_data_parallel_group())
         *sums, tokens, pairs = total.tolist()
-        return dict(zip(names, sums, strict=True)), tokens, pairs if on_gpu else None
+        return dict(zip(names, sums, strict=True)), tokens, pairs if self.device.type == "cuda" else None
 
     def _global_means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
         if not self.layout.reports_losses:

@@ -1,4 +1,5 @@
 import json
+import threading
 from itertools import islice
 
 import numpy as np
@@ -31,6 +32,16 @@ def make_loader(open_shards, layout):
     yield make
     for loader in loaders:
         loader.close()
+
+
+def test_batches_are_prepared_in_threads(open_shards, layout):
+    data, plan, reader = open_shards()
+    prepare = lambda batch: (threading.current_thread().name, batch.documents)  # noqa: E731
+    loader = StepLoader(plan, reader, layout, data, 3, GLOBAL_BATCH, 1, 0, 1, prepare=prepare)
+    names, documents = zip(*next(loader).batches, strict=True)
+    loader.close()
+    assert len(documents) == GLOBAL_BATCH and sum(documents) > 0
+    assert all(name.startswith("data") for name in names)
 
 
 def rows(step) -> list[dict[str, torch.Tensor]]:

@@ -203,7 +203,7 @@ def train_under(init, checkpoint: Path, out: Path, parallel: dict) -> None:
         engine = MegatronEngine(config, family, layout, CPU)
         load_weights(engine.models, checkpoint)
         engine.optimizer.reload_model_params()
-        engine.step([packed(family)])
+        engine.step([engine.prepare(packed(family))])
         Checkpointer(engine, out).save(1, {"config": common_state(checkpoint)["config"]})
 
 

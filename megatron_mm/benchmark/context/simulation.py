@@ -29,7 +29,7 @@ from megatron_mm.benchmark.context.counting import pairs
 from megatron_mm.benchmark.context.masks import Masks
 from megatron_mm.benchmark.context.rates import KernelSpeeds, Rates
 from megatron_mm.config.validate import heads_divide
-from megatron_mm.parallel.context.assignment import Assignment, assign, zigzag
+from megatron_mm.parallel.context.assignment import Assignment, assign, contiguous, zigzag
 from megatron_mm.parallel.context.predict import BACKWARD, Hardware, Work, predict
 from megatron_mm.parallel.context.schedule import Needs, needs
 from megatron_mm.parallel.context.ways import Meeting, Ways
@@ -99,9 +99,9 @@ def simulate(study: Study, masks: Masks) -> Iterator[Line]:
 
 
 def spread(mask: np.ndarray, ranks: int, inners: list[int]) -> Iterator[Spread]:
-    """Ours with each of these many heads-sharing neighbours, and the peers."""
+    """Ours with each of these many heads-sharing neighbours, ours out of balance, and the peers."""
     for inner in inners:
-        assignment = assign(mask, ranks // inner)
+        assignment = assign(mask, ranks // inner, max(NODE.node_size // inner, 1))
         needed, counted = needs(mask, assignment), pairs(mask, assignment)
         over = f" over ulysses {inner}" if inner > 1 else ""
         if inner == ranks:
@@ -109,6 +109,8 @@ def spread(mask: np.ndarray, ranks: int, inners: list[int]) -> Iterator[Spread]:
             continue
         yield Spread("exchange" + over, True, Meeting(needed, False, inner), counted)
         yield Spread("ring" + over, True, Meeting(needed, True, inner), counted)
+    assignment = contiguous(mask.shape[2], ranks)
+    yield Spread("exchange, contiguous", True, Meeting(needs(mask, assignment), False, 1), pairs(mask, assignment))
     assignment = zigzag(mask.shape[2], ranks)
     counted = pairs(mask, assignment)
     meeting = Meeting(everything(assignment), True, 1)

@@ -23,6 +23,7 @@ from megatron_mm.benchmark.context.arguments import Study
 from megatron_mm.benchmark.context.counting import least_received
 from megatron_mm.benchmark.context.masks import Masks
 from megatron_mm.parallel.context.assignment import Assignment, assign, chunk_areas, contiguous, zigzag
+from megatron_mm.parallel.context.predict import Hardware
 from megatron_mm.parallel.context.schedule import Needs, exchange, needs, relayed_counts, ring
 
 IMBALANCE, RATIO = 1.03, 1.1
@@ -71,7 +72,7 @@ def measure(study: Study, masks: Masks) -> Iterator[Line]:
 def lines(name: str, mask: np.ndarray, ranks: int) -> Iterator[Line]:
     """All ways of spreading rows with this mask, int32 [B, 2 or 3, S], over so many ranks."""
     length = mask.shape[2]
-    balanced, assign_ms = _timed(partial(assign, mask, ranks))
+    balanced, assign_ms = _timed(partial(assign, mask, ranks, Hardware.node_size))
     for way, assignment in (
         ("ours", balanced),
         ("contiguous", contiguous(length, ranks)),

@@ -1,28 +1,36 @@
 """Which chunks of a sequence each context-parallel rank has: equal token counts, the mask's area balanced.
 
-From contiguous parts, which need the fewest keys of others, heavy ranks swap chunks with light ones until no rank has
-more than `TARGET` times the mean area. Chunks start at half of a rank's part and are halved only when swaps of that
-size no longer help, so that a row that is balanced already (or by mirrored halves, as a causal one is) stays in large
-pieces. Among swaps that suffice, those of chunks that see few keys are taken, since their keys must follow them.
+From contiguous parts, which need the fewest keys of others, heavy ranks swap chunks with light ones, all pairs at once
+and again, until no rank has more than `TARGET` times the mean area. A swap is of one chunk or of a run of 2, 4, ... of
+them, up to half of a rank's part; the largest that suffices is taken, so that a row that is balanced already, or by
+mirrored halves as a causal one is, stays in large pieces. Whole nodes swap first, then the ranks of each node among
+themselves: few keys have to cross nodes then.
 
-All on the host, in numpy over chunks: areas come from a sample of the positions, the same on every rank.
+All on the host, in numpy over chunks: areas come from a sample of the positions, the same on every rank. What every
+possible swap of a pair would change is one small matrix product.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 
-TARGET = 1.025
-"""Largest area of a rank over the mean, where chunks permit."""
+TARGET = 1.02
+"""Largest area of a rank over the mean, where chunks permit; as sampled, so that the true one stays below 1.03."""
+NODES_SHARE = 0.5
+"""How much of what `TARGET` allows may be left between nodes."""
 FINEST, MOST = 64, 32
 """Fewest positions of a chunk (a tile of queries), and most chunks of a rank."""
-SAMPLES = 64
+SAMPLES = 32
 """Positions of a finest chunk whose number of keys is looked at."""
-KEYS_WEIGHT = 0.05
-"""What a swap's keys weigh against what it leaves unbalanced."""
+PLACES = 8
+"""Of a rank's part, from which a swap may take chunks of one size."""
+HALVING = 0.2
+"""What a swap of runs half as long costs, in allowed imbalances."""
+SWEEPS = 16
+"""Most swaps of a rank in each round."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,12 @@ def zigzag(length: int, ranks: int) -> Assignment:
     return Assignment(length // (2 * ranks), np.stack([number, 2 * ranks - 1 - number], axis=1))
 
 
-def assign(mask: np.ndarray, ranks: int) -> Assignment:
+def assign(mask: np.ndarray, ranks: int, node_size: int = 1) -> Assignment:
     """The balanced assignment of rows with this mask, one for all of them. Deterministic; every rank gets the same.
 
     Args:
         mask: int32 [B, 2 or 3, S] as `megatron_mm.mask`; the third row, if any, hides keys.
+        node_size: neighbours that share a node; 1, or what does not divide the ranks, if nodes make no difference.
 
     Raises:
         ValueError: `ranks` does not divide the length.
@@ -75,30 +84,25 @@ def assign(mask: np.ndarray, ranks: int) -> Assignment:
     length = mask.shape[2]
     if length % ranks:
         raise ValueError(f"{length} positions cannot be cut into {ranks} equal parts.")
-    part = length // ranks
-    most = 1
+    part, most = length // ranks, 1
     while part % (2 * most) == 0 and part // (2 * most) >= FINEST and most < MOST:
         most *= 2
     if ranks == 1 or most == 1:
         return contiguous(length, ranks)
     chunk = part // most
-    area = chunk_areas(mask, chunk, max(1, chunk // SAMPLES)).astype(float)
-    first_key, end_key = mask[:, 0, ::chunk], mask[:, 1, chunk - 1 :: chunk]
+    areas = chunk_areas(mask, chunk, max(1, chunk // SAMPLES)).astype(np.float32)
+    allowed = (TARGET - 1) * areas.sum() / ranks
 
-    count = 2
-    held = np.arange(2 * ranks).reshape(ranks, 2)
-    while True:
-        coarser = most // count
-        areas = area.reshape(-1, coarser).sum(1)
-        keys = (end_key[:, coarser - 1 :: coarser] - first_key[:, ::coarser]).clip(0).sum(0)
-        if _swap_in_pairs(held, areas, keys * (KEYS_WEIGHT * area.sum() / length / count / len(mask))):
-            break
-        if count == most:
-            _swap_one_by_one(held, areas)
-            break
-        held = np.concatenate([2 * held, 2 * held + 1], axis=1)
-        count *= 2
-    return Assignment(part // count, np.sort(held, axis=1))
+    group = ranks
+    held = np.arange(ranks * most).reshape(ranks, most)
+    if 1 < node_size < ranks and ranks % node_size == 0:
+        group = node_size
+        of_nodes = np.arange(len(areas) // node_size).reshape(-1, most)
+        _even_out(of_nodes, areas.reshape(-1, node_size).sum(1), len(of_nodes), NODES_SHARE * allowed * node_size)
+        held = (np.sort(of_nodes)[..., None] * node_size + np.arange(node_size)).reshape(ranks, most)
+    _even_out(held, areas, group, allowed)
+    _relieve(held, areas, allowed)
+    return _in_largest_chunks(np.sort(held), chunk)
 
 
 def chunk_areas(mask: np.ndarray, chunk: int, step: int = 1) -> np.ndarray:
@@ -123,47 +127,91 @@ def _hidden(lo: np.ndarray, hi: np.ndarray, until: np.ndarray) -> np.ndarray:
     return hidden
 
 
-def _swap_in_pairs(held: np.ndarray, areas: np.ndarray, price: np.ndarray) -> bool:
-    """The heaviest rank swaps a chunk with the lightest, the second heaviest with the second lightest, and so on, all
-    at once and again, until the loads are even (True) or no swap helps. Changes `held`; `price` of moving each chunk.
+def _even_out(held: np.ndarray, areas: np.ndarray, group: int, allowed: float) -> None:
+    """In each `group` of neighbours the heaviest swaps chunks with the lightest, the second heaviest with the second
+    lightest, and so on, until none exceeds the mean by more than `allowed` or no swap helps.
+
+    Args:
+        held: chunk numbers [ranks, chunks of a rank], changed in place.
+        areas: of each chunk.
     """
-    half = len(held) // 2
-    mean = areas.sum() / len(held)
-    tolerance = (TARGET - 1) * mean
-    for _ in range(12):
-        mine = areas[held]
-        load = mine.sum(1)
-        if load.max() <= TARGET * mean:
-            return True
-        order = np.argsort(load, kind="stable")
-        low, high = order[:half], order[: -half - 1 : -1]
-        gap = load[high] - load[low]
-        uneven = gap > tolerance
-        low, high, gap = low[uneven], high[uneven], gap[uneven]
-        left = np.abs(gap[:, None, None] - 2 * (mine[high][:, :, None] - mine[low][:, None, :]))
-        total = np.maximum(left, tolerance) + price[held[high]][:, :, None] + price[held[low]][:, None, :]
-        i, j = np.divmod(total.reshape(len(low), -1).argmin(1), held.shape[1])
-        helps = left[np.arange(len(low)), i, j] < 0.9 * gap
-        if not helps.any():
-            return False
-        high, low, i, j = high[helps], low[helps], i[helps], j[helps]
-        held[high, i], held[low, j] = held[low, j], held[high, i]
-    return False
+    ranks, slots = held.shape
+    swaps = _swaps(slots)
+    limit = areas.sum() / ranks + allowed
+    firsts, half = np.arange(0, ranks, group)[:, None], group // 2
+    rows = np.arange(len(firsts) * half)[:, None]
+    fixed_price, shift = allowed * HALVING * swaps.halvings, 0
+    for _ in range(SWEEPS):
+        loads = areas[held].sum(1)
+        if loads.max() <= limit or shift == half:
+            return
+        order = firsts + loads.reshape(-1, group).argsort(1, kind="stable")
+        heavy, light = order[:, : -half - 1 : -1].ravel(), order[:, (np.arange(half) + shift) % half].ravel()
+        pair = np.concatenate([held[heavy], held[light]], axis=1)
+        left = np.abs((loads[heavy] - loads[light])[:, None] - 2 * (areas[pair] @ swaps.given))
+        best = (np.maximum(left, allowed / 2) + fixed_price).argmin(1)
+        pair = pair[rows, swaps.order[best]]
+        held[heavy], held[light] = pair[:, :slots], pair[:, slots:]
+        shift += bool(((best == 0) & (loads[heavy] > limit)).any())
 
 
-def _swap_one_by_one(held: np.ndarray, areas: np.ndarray) -> None:
-    """The heaviest rank swaps with whichever rank it fits best, until the loads are even or nothing helps."""
-    limit = TARGET * areas.sum() / len(held)
-    for _ in range(8 * len(held)):
-        mine = areas[held]
-        load = mine.sum(1)
-        heavy = int(load.argmax())
-        if load[heavy] <= limit:
+def _relieve(held: np.ndarray, areas: np.ndarray, allowed: float) -> None:
+    """What is left where few chunks make loads coarse: the heaviest rank swaps with whichever rank it fits best, until
+    none exceeds the mean by more than `allowed` or nothing helps. Arguments as `_even_out`."""
+    ranks, slots = held.shape
+    swaps = _swaps(slots)
+    limit = areas.sum() / ranks + allowed
+    for _ in range(8 * ranks):
+        loads = areas[held].sum(1)
+        heavy = int(loads.argmax())
+        if loads[heavy] <= limit:
             return
-        less = mine[heavy][:, None, None] - mine  # what it loses by giving chunk i for chunk (rank, j): [m, ranks, m]
-        worse = np.maximum(load[heavy] - less, load[:, None] + less)
-        worse[:, heavy] = np.inf
-        i, other, j = np.unravel_index(worse.argmin(), worse.shape)
-        if worse[i, other, j] >= load[heavy]:
+        pair = np.concatenate([np.broadcast_to(held[heavy], held.shape), held], axis=1)
+        given = areas[pair] @ swaps.given
+        worse = np.maximum(loads[heavy] - given, loads[:, None] + given)
+        worse[heavy] = np.inf
+        other, swap = divmod(int(worse.argmin()), worse.shape[1])
+        if worse[other, swap] >= loads[heavy]:
             return
-        held[heavy, i], held[other, j] = held[other, j], held[heavy, i]
+        pair = pair[other, swaps.order[swap]]
+        held[heavy], held[other] = pair[:slots], pair[slots:]
+
+
+@dataclass(frozen=True)
+class _Swaps:
+    """All swaps that two ranks may make, the first of them none; columns of the chunks of both, the giver's first."""
+
+    order: np.ndarray
+    """Where the chunks come from afterwards: int64 [swaps, 2 x slots]."""
+    given: np.ndarray
+    """1 for chunks that the giver gives, -1 for those that it gets: float32 [2 x slots, swaps]."""
+    halvings: np.ndarray
+    """How often its runs were halved: float32 [swaps]."""
+
+
+@cache
+def _swaps(slots: int) -> _Swaps:
+    """Of ranks with so many chunks, a power of two."""
+    order, given, halvings = [np.arange(2 * slots)], [np.zeros(2 * slots)], [0]
+    size = slots // 2
+    while size:
+        starts = range(0, slots, max(size, slots // PLACES))
+        for mine, other in ((slice(i, i + size), slice(slots + j, slots + j + size)) for i in starts for j in starts):
+            after, moved = np.arange(2 * slots), np.zeros(2 * slots)
+            after[mine], after[other] = order[0][other], order[0][mine]
+            moved[mine], moved[other] = 1, -1
+            order.append(after)
+            given.append(moved)
+            halvings.append((slots // size).bit_length() - 1)
+        size //= 2
+    return _Swaps(np.array(order), np.array(given, np.float32).T.copy(), np.array(halvings, np.float32))
+
+
+def _in_largest_chunks(held: np.ndarray, chunk: int) -> Assignment:
+    """Neighbouring chunks put together where every rank permits it."""
+    while held.shape[1] > 1:
+        first, second = held[:, ::2], held[:, 1::2]
+        if (first % 2).any() or (second != first + 1).any():
+            break
+        held, chunk = first // 2, 2 * chunk
+    return Assignment(chunk, held)

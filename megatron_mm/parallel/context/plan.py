@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from mm_kernels.span_attention.intervals import local_index
 
 from megatron_mm.parallel.context.assignment import Assignment
-from megatron_mm.parallel.context.schedule import Needs, Stage, exchange, ring
+from megatron_mm.parallel.context.schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,21 @@ class AttentionPlan:
 
 
 def plan_attention(
-    mask: np.ndarray, needs: Needs, rank: int, relays: bool, hides_keys: bool, device: torch.device
+    mask: np.ndarray,
+    assignment: Assignment,
+    stages: Sequence[Stage],
+    rank: int,
+    hides_keys: bool,
+    device: torch.device,
 ) -> AttentionPlan:
     """The plan of `rank`.
 
     Args:
-        mask: int32 [B, 3, S] of the whole rows. needs: of all ranks. relays: `ring` rather than `exchange`.
+        mask: int32 [B, 3, S] of the whole rows. stages: of this rank.
         hides_keys: whether the mask's third row hides any key.
     """
-    parts = _Parts(mask, needs.assignment, rank, hides_keys, device)
-    stages = (ring if relays else exchange)(needs, rank)
-    own = parts.make(needs.assignment.positions(rank))
+    parts = _Parts(mask, assignment, rank, hides_keys, device)
+    own = parts.make(assignment.positions(rank))
     return AttentionPlan(own, tuple(_on_device(stage, parts, device) for stage in stages))
 
 

@@ -13,13 +13,15 @@ from megatron.core import parallel_state as mpu
 
 from megatron_mm.config.compose import Config
 from megatron_mm.families.base import Family
+from megatron_mm.parallel.context.assignment import Assignment
 from megatron_mm.parallel.context.groups import Groups, connect, make_groups
 from megatron_mm.parallel.context.plan import AttentionPlan, plan_attention
 from megatron_mm.parallel.context.predict import Hardware, Work
 from megatron_mm.parallel.context.ring import PartialAttention, ring_attention
+from megatron_mm.parallel.context.schedule import Stage
 from megatron_mm.parallel.context.shard import Shard, shard, whole
 from megatron_mm.parallel.context.ulysses import gather_heads, gather_positions
-from megatron_mm.parallel.context.ways import Meeting, Ways, positions
+from megatron_mm.parallel.context.ways import Ways, positions
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.types import PackedBatch
 
@@ -58,11 +60,21 @@ class Part:
 
 @dataclass(frozen=True)
 class HostPart:
-    """A part that is still on the host, with the plan of how it meets the others (None: there are none)."""
+    """A part that is still on the host, with what this rank does to meet the others (None: there are none)."""
 
     shard: Shard
     mask: np.ndarray
-    meeting: Meeting | None = None
+    route: Route | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """inner: size of the groups that swap heads. rank: this one's among them. stages: how keys come from the others."""
+
+    inner: int
+    rank: int
+    assignment: Assignment
+    stages: list[Stage]
 
 
 class ContextParallel:
@@ -80,23 +92,21 @@ class ContextParallel:
                 logger.info("context parallelism over %d ranks: %s", layout.cp_size, self._ways.describe())
 
     def part(self, batch: PackedBatch) -> HostPart:
-        """This rank's part of a batch, on the host."""
+        """This rank's part of a batch, on the host; may run in a thread."""
         mask = batch.mask.numpy()
         if self._layout.cp_size == 1:
             return HostPart(whole(batch), mask)
         meeting = self._ways.best(mask if self._family.hides_keys else mask[:, :2])
-        owners = positions(meeting.needs.assignment, meeting.inner)
+        assignment, rank = meeting.needs.assignment, self._layout.cp_rank // meeting.inner
+        owners = positions(assignment, meeting.inner)
         fields, pad = self._family.fields, self._family.vocab.pad
         mine = shard(batch, owners, self._layout.cp_rank, fields, pad, self._family.whole_images)
-        return HostPart(mine, mask, meeting)
+        return HostPart(mine, mask, Route(meeting.inner, rank, assignment, meeting.stages(rank)))
 
     def to(self, part: HostPart, device: torch.device, dtype: torch.dtype) -> Part:
         """The part on its device, floating-point fields in `dtype`."""
-        here, meeting = part.shard.to(device, dtype), part.meeting
-        if meeting is None:
+        here, route = part.shard.to(device, dtype), part.route
+        if route is None:
             return Part(here)
-        groups = self._groups[meeting.inner]
-        plan = plan_attention(
-            part.mask, meeting.needs, groups.outer.rank(), meeting.relays, self._family.hides_keys, device
-        )
-        return Part(here, SpreadAttention(plan, groups), mpu.get_context_parallel_group())
+        plan = plan_attention(part.mask, route.assignment, route.stages, route.rank, self._family.hides_keys, device)
+        return Part(here, SpreadAttention(plan, self._groups[route.inner]), mpu.get_context_parallel_group())

@@ -10,7 +10,7 @@ from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.config.validate import heads_divide
 from megatron_mm.parallel.context.assignment import Assignment, assign, chunk_areas, contiguous
 from megatron_mm.parallel.context.predict import Hardware, Prediction, Work, estimated_pairs, predict
-from megatron_mm.parallel.context.schedule import Needs, needs
+from megatron_mm.parallel.context.schedule import Needs, Stage, exchange, needs, ring
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Meeting:
     needs: Needs
     relays: bool
     inner: int
+
+    def stages(self, rank: int) -> list[Stage]:
+        """What a rank of `needs` does."""
+        return (ring if self.relays else exchange)(self.needs, rank)
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,16 @@ class Ways:
     def best(self, mask: np.ndarray) -> Meeting:
         """The way that is predicted to take the least time for rows with this mask, int32 [B, 2 or 3, S]; the same on
         every rank. Where there is a choice, contiguous parts are one too: out of balance, but little has to travel."""
-        balanced = {inner: needs(mask, assign(mask, self.ranks // inner)) for inner in self.inner_sizes}
+        balanced = {inner: needs(mask, self.assign(mask, inner)) for inner in self.inner_sizes}
         meetings = [Meeting(balanced[inner], relays, inner) for inner, relays in self.options]
         if len(meetings) == 1:
             return meetings[0]
         meetings.append(Meeting(needs(mask, contiguous(mask.shape[2], self.ranks)), False, 1))
         return min(meetings, key=lambda meeting: self.predict(mask, meeting).total)
+
+    def assign(self, mask: np.ndarray, inner: int) -> Assignment:
+        """Balanced parts for groups of `inner` neighbours, which keep to nodes where whole groups fill them."""
+        return assign(mask, self.ranks // inner, max(self.hardware.node_size // inner, 1))
 
     def predict(self, mask: np.ndarray, meeting: Meeting) -> Prediction:
         assignment = meeting.needs.assignment

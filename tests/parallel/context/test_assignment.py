@@ -10,6 +10,7 @@ from mm_kernels.span_attention.benchmark.distributions import mask as named_mask
 
 from megatron_mm import mask as masks
 from megatron_mm.parallel.context.assignment import assign, chunk_areas, contiguous, zigzag
+from megatron_mm.parallel.context.schedule import needs
 
 
 def imbalance(mask: np.ndarray, assignment) -> float:
@@ -29,6 +30,19 @@ def test_named_distributions_come_out_even(name, ranks):
 def test_a_million_tokens_over_64_ranks():
     mask = named_mask("interleaved", 2**20)[None]
     assert imbalance(mask, assign(mask, 64)) <= 1.03 < imbalance(mask, zigzag(2**20, 64))
+
+
+@pytest.mark.parametrize("name", ["docs", "interleaved", "mmada"])
+def test_parts_keep_to_nodes(name):
+    mask = named_mask(name, 2**17)[None]
+    flat, by_nodes = (assign(mask, 32, node_size) for node_size in (1, 8))
+    assert imbalance(mask, by_nodes) <= 1.03
+
+    def crossing(assignment) -> int:
+        counts = needs(mask, assignment).counts().reshape(4, 8, 4, 8).sum((1, 3))
+        return counts.sum() - counts.trace()
+
+    assert crossing(by_nodes) < 0.8 * crossing(flat)
 
 
 def test_one_causal_document_is_mirrored():
@@ -54,14 +68,16 @@ def test_areas_are_the_dense_masks(data):
 
 @pytest.mark.usefixtures("small_chunks")
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(st.data(), st.sampled_from([2, 3, 4, 6]))
-def test_every_position_has_one_rank(data, ranks):
+@given(st.data(), st.sampled_from([2, 3, 4, 6]), st.sampled_from([1, 2, 8]))
+def test_every_position_has_one_rank(data, ranks, node_size):
     mask = draw_mask(data, 1, 192)
-    assignment = assign(mask, ranks)
+    assignment = assign(mask, ranks, node_size)
     parts = [assignment.positions(rank) for rank in range(ranks)]
     assert all(len(part) == 192 // ranks and (np.diff(part) > 0).all() for part in parts)
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(192))
-    assert np.array_equal(assign(mask.copy(), ranks).chunks, assignment.chunks), "every rank comes to the same"
+    assert np.array_equal(assign(mask.copy(), ranks, node_size).chunks, assignment.chunks), (
+        "every rank comes to the same"
+    )
     if chunk_areas(mask, 192).any():
         assert imbalance(mask, assignment) <= imbalance(mask, contiguous(192, ranks)) + 1e-9
 
