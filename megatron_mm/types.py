@@ -24,12 +24,19 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """An image: float32 pixels (in [-1, 1]) or latents [C, H, W], or integer codes [h, w] of an image tokenizer."""
+    """An image: float32 pixels (in [-1, 1]) or latents [C, H, W], or integer codes [h, w] of an image tokenizer.
+
+    `pixels`: float32 [3, H, W] in [-1, 1], where the family reads images through a vision encoder as well.
+    """
 
     data: np.ndarray
+    pixels: np.ndarray | None = None
 
 
 Segment = TextSegment | ImageSegment
+
+TASKS = ("auto", "understanding", "generation")
+"""image -> text is understanding, text -> image is generation."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Sample:
     """One training document as read from a shard.
 
     `uid` is the sample's ordinal in the index: with seed and epoch it is all that randomness may depend on.
+    `task`: what a caption-image pair is to teach, one of `TASKS`; `auto` leaves it to the family's shares.
     """
 
     uid: int
     key: str
     segments: tuple[Segment, ...]
     meta: dict = field(default_factory=dict)
+    task: str = "auto"
 
 
 @dataclass(frozen=True)
