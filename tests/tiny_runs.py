@@ -1,4 +1,4 @@
-"""A small real dataset of pictures and text, and runs of tiny models of both families on it."""
+"""A small real dataset of pictures and text, and runs of tiny models of all families on it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.train import StopSignal, train
 
-FAMILIES = ("transfusion", "chameleon")
+FAMILIES = ("transfusion", "chameleon", "showo", "mmada")
 SIDE = 8
 COMMON = [
     "run.name=test",
@@ -50,6 +50,16 @@ MODEL = {
         "data.image_tokenizer={folder}/codebook.npz",
     ],
 }
+MODEL |= {
+    family: [
+        f"model={family}_tiny",
+        "model.image={channels: 1, height: 4, width: 4}",
+        "model.image_codes=16",
+        "data.image_tokenizer={folder}/codebook.npz",
+    ]
+    for family in ("showo", "mmada")
+}
+MODEL["mmada"].append("model.text_block=8")
 MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
 
 

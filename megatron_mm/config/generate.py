@@ -22,8 +22,10 @@ class SamplingConfig:
     seed: int = 0
     cfg_scale: float | None = None
     """Classifier-free guidance of images; 1 is none. null: 3 where the model saw images without captions, else 1."""
-    steps: int = 250
-    """Denoising steps of an image (diffusion families)."""
+    steps: int | None = None
+    """Denoising steps of an image. null: the family's own, 250 of Transfusion and 50 of masked codes."""
+    tokens_per_step: int = 1
+    """Text tokens that masked diffusion takes at a time (MMaDA)."""
     temperature: float = 0.7
     """Of tokens; 0 always takes the likeliest."""
     top_p: float = 0.9

@@ -17,7 +17,16 @@ IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
-SHARES = {"adam_beta1", "adam_beta2", "hidden_dropout", "caption_first", "image_first", "condition_dropout", "top_p"}
+SHARES = {
+    "adam_beta1",
+    "adam_beta2",
+    "caption_first",
+    "condition_dropout",
+    "generation_share",
+    "hidden_dropout",
+    "image_first",
+    "top_p",
+}
 """Numbers between 0 and 1; all others are 0 or more."""
 
 

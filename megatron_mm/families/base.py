@@ -7,7 +7,8 @@ asks of `ParallelOps`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
@@ -32,22 +33,30 @@ class Vocabulary:
     image_start: int
     image_codes: int
     size: int
+    special: Mapping[str, int] = field(default_factory=dict)
+    """Ids that only some families have: of the mask, of tasks."""
 
     @staticmethod
-    def after_text(text_size: int, image_codes: int = 0, size: int | None = None) -> Vocabulary:
+    def after_text(
+        text_size: int, image_codes: int = 0, size: int | None = None, special: Sequence[str] = ()
+    ) -> Vocabulary:
         """The default arrangement for a text tokenizer of `text_size` entries; `size` adds unused entries at the end.
 
         Raises:
             ValueError: `size` is smaller than what is needed.
         """
-        specials = [text_size + i for i in range(5)]
-        needed = text_size + 5 + image_codes
+        common = [text_size + i for i in range(5)]
+        start = text_size + 5 + len(special)
+        needed = start + image_codes
         if size is not None and size < needed:
             raise ValueError(
-                f"model.vocab_size={size} is too small: {text_size} text tokens, 5 specials and {image_codes} image "
-                f"codes need {needed}. Raise model.vocab_size or leave it null."
+                f"model.vocab_size={size} is too small: {text_size} text tokens, {5 + len(special)} specials and "
+                f"{image_codes} image codes need {needed}. Raise model.vocab_size or leave it null."
             )
-        return Vocabulary(text_size, *specials, image_start=text_size + 5, image_codes=image_codes, size=size or needed)
+        own = {name: text_size + 5 + i for i, name in enumerate(special)}
+        return Vocabulary(
+            text_size, *common, image_start=start, image_codes=image_codes, size=size or needed, special=own
+        )
 
     @staticmethod
     def at(ids: VocabularyConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:

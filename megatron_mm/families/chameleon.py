@@ -7,7 +7,6 @@ Loss = cross-entropy + z_loss_weight * (log Z)^2, both over every next token, wi
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -15,9 +14,10 @@ from megatron_mm.config.model import ChameleonConfig, VocabularyConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
+from megatron_mm.families.tokens import TokenFront, image_ids
 from megatron_mm.mask import causal
 from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample
+from megatron_mm.types import IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample
 
 
 class Chameleon:
@@ -52,14 +52,14 @@ class Chameleon:
         """
         arrangement = arrange(sample, streams, 1 - self.config.image_first, self.config.condition_dropout)
         tokens, images = token_sequence(
-            arrangement.segments, self.vocab, lambda segment: self._image_tokens(sample, segment)
+            arrangement.segments, self.vocab, lambda segment: image_ids(sample, segment, self.config.image, self.vocab)
         )
         return Document(sample.uid, tokens, causal(len(tokens)), {"labels": next_token_labels(tokens)}, images)
 
     def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
         """See `Family.lay_out_prompt`; raises as `lay_out` does."""
         tokens, images = token_sequence(
-            sample.segments, self.vocab, lambda segment: self._image_tokens(sample, segment)
+            sample.segments, self.vocab, lambda segment: image_ids(sample, segment, self.config.image, self.vocab)
         )
         tokens = open_end(tokens, self.vocab, open_image)
         return Document(sample.uid, tokens, causal(len(tokens)), {}, images)
@@ -69,41 +69,16 @@ class Chameleon:
         return {"ce": labels, "z": labels}
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
-        return ChameleonFront(self.trunk.hidden_size, self.vocab, ops)
+        return TokenFront(self.trunk.hidden_size, self.vocab, ops)
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return ChameleonBack(self.trunk.hidden_size, self.vocab, ops)
-
-    def _image_tokens(self, sample: Sample, segment: ImageSegment) -> np.ndarray:
-        codes, image = segment.data, self.config.image
-        if codes.shape != (image.height, image.width) or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(
-                f"Sample {sample.key!r} has an image of {codes.dtype} {list(codes.shape)}, but model.image says "
-                f"integer codes [{image.height}, {image.width}]. Change model.image or data.image_tokenizer."
-            )
-        if codes.min() < 0 or codes.max() >= self.config.image_codes:
-            raise ValueError(
-                f"Sample {sample.key!r} has image codes from {codes.min()} to {codes.max()}, but "
-                f"model.image_codes={self.config.image_codes}. Set it to the image tokenizer's codebook size."
-            )
-        return codes.astype(np.int64) + self.vocab.image_start
 
 
 def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:
     if config.vocabulary == VocabularyConfig():
         return Vocabulary.after_text(text_vocab_size, config.image_codes, config.vocab_size)
     return Vocabulary.at(config.vocabulary, text_vocab_size, config.image_codes, config.vocab_size)
-
-
-class ChameleonFront(nn.Module):
-    """PackedBatch -> embeddings [B, S, D]."""
-
-    def __init__(self, hidden_size: int, vocab: Vocabulary, ops: ParallelOps) -> None:
-        super().__init__()
-        self.embedding = ops.vocab_embedding(vocab.size, hidden_size)
-
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        return self.embedding(batch.tokens)
 
 
 class ChameleonBack(nn.Module):

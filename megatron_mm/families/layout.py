@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,38 @@ def arrange(sample: Sample, streams: Streams, caption_first: float, condition_dr
     return Arrangement((texts[0], images[0]))
 
 
+def task_of(sample: Sample, streams: Streams, generation_share: float) -> str:
+    """What a sample teaches: `text` (there is no image), `understanding` or `generation` (a pair of one text and one
+    image; drawn where the sample does not say), or `interleaved` (any other document)."""
+    images = sum(isinstance(segment, ImageSegment) for segment in sample.segments)
+    if not images:
+        return "text"
+    if images != 1 or len(sample.segments) != 2:
+        return "interleaved"
+    if sample.task != "auto":
+        return sample.task
+    return "generation" if streams.generator("task").random() < generation_share else "understanding"
+
+
+def drop_condition(
+    segments: tuple[Segment, ...], task: str, streams: Streams, condition_dropout: float
+) -> tuple[Segment, ...]:
+    """The segments of a pair, without its text where it is drawn to be drawn from nothing."""
+    if task != "generation" or streams.generator("condition").random() >= condition_dropout:
+        return segments
+    return tuple(segment for segment in segments if isinstance(segment, ImageSegment))
+
+
+def open_task(segments: Sequence[Segment], open_image: bool) -> tuple[str, bool]:
+    """(task of a prompt, whether it is to be continued before its EOS), by what stands in it and what is to follow."""
+    images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
+    if open_image and not images:
+        return "generation", False
+    return ("understanding" if images == [0] and len(segments) <= 2 else "interleaved"), True
+
+
 def token_sequence(
-    segments: tuple[Segment, ...], vocab: Vocabulary, image_tokens: Callable[[ImageSegment], np.ndarray]
+    segments: Sequence[Segment], vocab: Vocabulary, image_tokens: Callable[[ImageSegment], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """BOS, the segments, EOS, an image standing as BOI, its tokens, EOI.
 
@@ -59,6 +89,24 @@ def token_sequence(
             tokens.append(vocab.eoi)
     tokens.append(vocab.eos)
     return np.array(tokens, dtype=np.int64), np.array(images, dtype=np.int32).reshape(-1, 3)
+
+
+def task_sequence(
+    task: str, segments: Sequence[Segment], vocab: Vocabulary, image_tokens: Callable[[ImageSegment], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A document that names its task first, for families with the special ids `t2i` and `mmu`. As `token_sequence`.
+
+    generation: T2I, BOS text EOS, BOI codes EOI. understanding: MMU, BOI codes EOI, BOS text EOS. Others name nothing.
+    """
+    if task not in ("generation", "understanding"):
+        return token_sequence(segments, vocab, image_tokens)
+    texts = [segment for segment in segments if isinstance(segment, TextSegment)]
+    text, _ = token_sequence(texts, vocab, image_tokens)
+    wrapped, images = token_sequence([s for s in segments if isinstance(s, ImageSegment)], vocab, image_tokens)
+    image = wrapped[1:-1]
+    if task == "generation":
+        return np.concatenate([[vocab.special["t2i"]], text, image]), images + [len(text), 0, 0]
+    return np.concatenate([[vocab.special["mmu"]], image, text]), images
 
 
 def open_end(tokens: np.ndarray, vocab: Vocabulary, open_image: bool) -> np.ndarray:

@@ -7,13 +7,20 @@ from collections.abc import Callable, Sequence
 from megatron_mm.config.generate import MODES, SamplingConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.sampling.chameleon import ChameleonSampler
+from megatron_mm.sampling.mmada import MMaDASampler
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.sampling.row import Request
 from megatron_mm.sampling.sampler import Sampler
+from megatron_mm.sampling.showo import ShowoSampler
 from megatron_mm.sampling.transfusion import TransfusionSampler
 from megatron_mm.types import Sample, Segment
 
-SAMPLERS: dict[str, type[Sampler]] = {"chameleon": ChameleonSampler, "transfusion": TransfusionSampler}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "chameleon": ChameleonSampler,
+    "mmada": MMaDASampler,
+    "showo": ShowoSampler,
+    "transfusion": TransfusionSampler,
+}
 
 Progress = Callable[[int, str], None]
 """Called with the number of finished continuations and what is going on."""

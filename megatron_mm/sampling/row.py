@@ -38,9 +38,17 @@ class Row:
         """The row's next draw from [0, 1)."""
         return self._draws.random()
 
+    def draws(self, count: int) -> np.ndarray:
+        """The next `count` of them: float64 [count]."""
+        return self._draws.random(count)
+
     def noise(self, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal float32 for the image that comes next."""
-        return self.request.streams.generator("image", self.images).standard_normal(shape, dtype=np.float32)
+        return self.image_stream().standard_normal(shape, dtype=np.float32)
+
+    def image_stream(self) -> np.random.Generator:
+        """All randomness of the image that comes next, from its start."""
+        return self.request.streams.generator("image", self.images)
 
     def add_text(self, token: int) -> None:
         self._text.append(token)

@@ -10,14 +10,11 @@ import torch
 
 from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.parallel.ops import padded_vocab_size
-from megatron_mm.sampling.decoder import Decoder
+from megatron_mm.sampling.decoder import Decoder, piece
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.sampling.row import Request, Row
 from megatron_mm.sampling.text import Next, choose, grammar, penalise
-from megatron_mm.types import Sample, Segment
-
-GUIDANCE = 3.0
-"""Scale of classifier-free guidance where none is given (Transfusion's and Chameleon's own)."""
+from megatron_mm.types import Document, PackedBatch, Sample, Segment
 
 Report = Callable[[str], None]
 """Told what the sampler is doing, for a progress display."""
@@ -26,8 +23,13 @@ Report = Callable[[str], None]
 class Sampler(ABC):
     """Continues the documents of one batch; how images are made is the family's.
 
-    With guidance, row i of b has a twin in row b + i of the cache, which sees BOS, BOI in place of the prompt.
+    With guidance, row i of b has a twin in row b + i of the cache, which sees a prompt without content.
     """
+
+    guidance = 3.0
+    """Scale of classifier-free guidance where none is given."""
+    beside_image = 0
+    """Positions that an image takes beside its own when it is drawn."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Sampler(ABC):
         self.seq_length = model.config.data.seq_length
         self.image_length = model.family.grid[0] * model.family.grid[1]
         self.draws_at_once = mode == "text_to_image"
-        default = GUIDANCE if model.config.model.condition_dropout > 0 else 1.0
+        default = self.guidance if model.config.model.condition_dropout > 0 else 1.0
         self.scale = default if settings.cfg_scale is None else settings.cfg_scale
         self.guided = self.scale != 1.0 and mode != "image_to_text"
 
@@ -58,17 +60,54 @@ class Sampler(ABC):
         prompts = [lay_out(row.request.prompt, self.draws_at_once) for row in self.rows]
         capacity = self._capacity([len(prompt.tokens) for prompt in prompts])
         with Decoder.open(self.model, len(self.rows) * (1 + self.guided), capacity) as self.decoder:
-            hidden = self.decoder.prefill(self.indices(self.rows), prompts)
-            if self.guided:
-                no_prompt = lay_out(Sample(0, "no prompt", ()), open_image=True)
-                twins = self.decoder.prefill(self.twins(self.rows), [no_prompt] * len(self.rows))
-                hidden = torch.cat([hidden, twins])
-            self.write(hidden)
+            no_prompt = lay_out(Sample(0, "no prompt", ()), open_image=True)
+            self.write(self.read(prompts, no_prompt))
         return [row.finish() for row in self.rows]
+
+    def read(self, prompts: Sequence[Document], no_prompt: Document) -> torch.Tensor:
+        """Caches the prompts (and the twins'); hidden states [b or 2b, D] at their last positions."""
+        hidden = self.decoder.prefill(self.indices(self.rows), prompts)
+        if not self.guided:
+            return hidden
+        twins = self.decoder.prefill(self.twins(self.rows), [no_prompt] * len(self.rows))
+        return torch.cat([hidden, twins])
 
     @abstractmethod
     def write(self, hidden: torch.Tensor) -> None:
-        """Writes each row to its end; `hidden` [b or 2b, D] is what follows the prompts (and the twins')."""
+        """Writes each row to its end; `hidden` is what `read` returns."""
+
+    def write_text(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[Row]:
+        """Writes until every row has ended or is to draw; returns those that draw, whose BOI is not read yet.
+
+        Args:
+            hidden: [b, D] at the last position of each row.
+        """
+        drawing: list[Row] = []
+        while rows:
+            chosen = self.choose(rows, self.decoder.logits(hidden), [self.after_text(row) for row in rows])
+            drawing += [row for row, token in zip(rows, chosen, strict=True) if token == self.vocab.boi]
+            writing = [pair for pair in zip(rows, chosen, strict=True) if pair[1] != self.vocab.boi]
+            going = [(row, token) for row, token in writing if self.take_text(row, token)]
+            if not going:
+                break
+            rows, tokens = (list(side) for side in zip(*going, strict=True))
+            self.report(f"writing, {max(row.new_tokens for row in rows)} tokens")
+            hidden = self.decoder.forward(self.indices(rows), self.batch(column(tokens)), keep=1)[:, 0]
+        return sorted(drawing, key=lambda row: row.index)
+
+    def batch(self, tokens: np.ndarray) -> PackedBatch:
+        """Text tokens [b, n] to come."""
+        return piece(tokens)
+
+    @property
+    def least_text(self) -> int:
+        """Positions that a prompt must leave for text."""
+        return 1
+
+    @property
+    def most_text(self) -> int:
+        """Positions that new text takes."""
+        return self.settings.max_new_tokens
 
     def indices(self, rows: Sequence[Row]) -> list[int]:
         return [row.index for row in rows]
@@ -102,7 +141,8 @@ class Sampler(ABC):
 
     def _capacity(self, lengths: list[int]) -> int:
         """Positions that the longest row may come to hold."""
-        needed = self.image_length if self.draws_at_once else 1
+        image = self.image_length + self.beside_image
+        needed = image if self.draws_at_once else self.least_text
         for row, length in zip(self.rows, lengths, strict=True):
             if length + needed > self.seq_length:
                 raise ValueError(
@@ -112,7 +152,7 @@ class Sampler(ABC):
                 )
         if self.mode == "interleaved":
             return self.seq_length
-        new = self.image_length if self.draws_at_once else self.settings.max_new_tokens
+        new = image if self.draws_at_once else self.most_text
         return min(max(lengths) + new, self.seq_length)
 
 

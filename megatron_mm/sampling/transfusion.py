@@ -1,7 +1,7 @@
 """Sampling from Transfusion: text by token, images by DDIM over patches that stand in the sequence.
 
-All rows write text until each has ended or waits at BOI; those that wait are then denoised together. A step overwrites
-the noised patches in the cache, and the finished image is read once more, clean, before text goes on.
+All rows write text until each has ended or is at BOI; those at BOI are then denoised together. A step overwrites the
+noised patches in the cache, and the finished image is read once more, clean, before text goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from megatron_mm.sampling.row import Row
 from megatron_mm.sampling.sampler import Sampler, column
 from megatron_mm.types import PackedBatch
 
+STEPS = 250
+"""Of an image, where none are given: the paper's own."""
+
 
 class TransfusionSampler(Sampler):
     """See `Sampler`."""
@@ -26,33 +29,14 @@ class TransfusionSampler(Sampler):
             self._draw(self.rows)
             return
         rows, hidden = self.rows, hidden[: len(self.rows)]
-        while rows:
-            waiting = self._write_text(rows, hidden)
-            if not waiting:
+        while drawing := self.write_text(rows, hidden):
+            self.decoder.forward(self.indices(drawing), self.batch(column([self.vocab.boi] * len(drawing))), keep=1)
+            x0 = self._draw(drawing)
+            goes_on = [self.room(row) >= self.image_length + 2 for row in drawing]
+            rows = [row for row, going in zip(drawing, goes_on, strict=True) if going]
+            if not rows:
                 break
-            x0 = self._draw(waiting)
-            goes_on = [self.room(row) >= self.image_length + 2 for row in waiting]
-            rows = [row for row, going in zip(waiting, goes_on, strict=True) if going]
-            if rows:
-                hidden = self._read_image(rows, x0[torch.tensor(goes_on)])
-
-    def _write_text(self, rows: list[Row], hidden: torch.Tensor) -> list[Row]:
-        """Writes until every row has ended or waits at BOI (which is cached); returns those that wait."""
-        waiting = []
-        while rows:
-            logits = self.decoder.logits(hidden)
-            chosen = zip(rows, self.choose(rows, logits, [self.after_text(row) for row in rows]), strict=True)
-            going = [(row, token) for row, token in chosen if token == self.vocab.boi or self.take_text(row, token)]
-            if not going:
-                break
-            rows, tokens = (list(side) for side in zip(*going, strict=True))
-            self.report(f"writing, {max(row.new_tokens for row in rows)} tokens")
-            hidden = self.decoder.forward(self.indices(rows), self._batch(column(tokens)), keep=1)[:, 0]
-            writes = [token != self.vocab.boi for token in tokens]
-            waiting += [row for row, write in zip(rows, writes, strict=True) if not write]
-            rows = [row for row, write in zip(rows, writes, strict=True) if write]
-            hidden = hidden[torch.tensor(writes)]
-        return sorted(waiting, key=lambda row: row.index)
+            hidden = self._read_image(rows, x0[torch.tensor(goes_on)])
 
     def _draw(self, rows: list[Row]) -> torch.Tensor:
         """Makes the image of each row; returns their clean patches float [b, h * w, P]."""
@@ -60,7 +44,7 @@ class TransfusionSampler(Sampler):
         image, p = family.config.image, family.config.patch_size
         noise = [patchify(row.noise((image.channels, image.height, image.width)), p) for row in rows]
         x = torch.from_numpy(np.stack(noise)).to(self.model.device)
-        timesteps = family.schedule.timesteps(self.settings.steps)
+        timesteps = family.schedule.timesteps(self.settings.steps or min(STEPS, family.config.num_train_timesteps))
         for number, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), 1):
             self.report(f"denoising, step {number} of {len(timesteps)}")
             x = family.schedule.step(x, self._predict(rows, x, t), t, t_prev, self.model.codec.limit)
@@ -73,7 +57,7 @@ class TransfusionSampler(Sampler):
         indices = self.indices(rows)
         if self.guided:
             indices, x = indices + self.twins(rows), torch.cat([x, x])
-        batch = self._batch(np.full(x.shape[:2], self.vocab.pad), x, t)
+        batch = self.batch(np.full(x.shape[:2], self.vocab.pad), x, t)
         hidden = self.decoder.forward(indices, batch, keep=0)
         eps = self.model.stage.back.predict_noise(hidden, batch).to(x.dtype)
         return guide(*eps.chunk(2), self.scale) if self.guided else eps
@@ -82,9 +66,9 @@ class TransfusionSampler(Sampler):
         """Caches finished images and their EOI; hidden states [b, D] at EOI."""
         tokens = np.full((len(rows), self.image_length + 1), self.vocab.pad)
         tokens[:, -1] = self.vocab.eoi
-        return self.decoder.forward(self.indices(rows), self._batch(tokens, x0, 0), keep=tokens.shape[1])[:, -1]
+        return self.decoder.forward(self.indices(rows), self.batch(tokens, x0, 0), keep=tokens.shape[1])[:, -1]
 
-    def _batch(self, tokens: np.ndarray, patches: torch.Tensor | None = None, timestep: int = NO_PATCH) -> PackedBatch:
+    def batch(self, tokens: np.ndarray, patches: torch.Tensor | None = None, timestep: int = NO_PATCH) -> PackedBatch:
         """Tokens [b, n] to come, the first m of which are an image's where its patches [b, m, P] are given."""
         b, n = tokens.shape
         device = self.model.device

@@ -1,0 +1,95 @@
+"""What Show-o and MMaDA share: text and image codes in one vocabulary, some of them masked, and three objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
+from megatron_mm.families.base import LossSums, Vocabulary
+from megatron_mm.families.layout import task_sequence
+from megatron_mm.families.tokens import TokenFront, image_ids
+from megatron_mm.nn.ops import ParallelOps
+from megatron_mm.types import FieldSpec, LossTerm, PackedBatch, Sample, Segment
+
+T2I, LM, MMU = range(3)
+"""Numbers of the loss terms: masked image codes, text alone, text that has images to go by."""
+NO_TERM = -1
+TERM = FieldSpec("int8", (), NO_TERM)
+
+
+class MaskedFamily:
+    """The parts of `Family` that both have. Ids: text, specials, T2I, MMU, MASK, image codes."""
+
+    causal = False
+    hides_keys = False
+    whole_images = False
+
+    def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
+        self.trunk, self.image = config.trunk, config.image
+        self.vocab = Vocabulary.after_text(
+            text_vocab_size, config.image_codes, config.vocab_size, ("t2i", "mmu", "mask")
+        )
+        weights = {"t2i": config.t2i_weight, "lm": config.lm_weight, "mmu": config.mmu_weight}
+        self.terms: tuple[LossTerm, ...] = tuple(LossTerm(name, weight) for name, weight in weights.items())
+
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for any other."""
+        return self.vocab.special["mask"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes in an image."""
+        return self.image.height, self.image.width
+
+    def build_front(self, ops: ParallelOps) -> nn.Module:
+        return TokenFront(self.trunk.hidden_size, self.vocab, ops)
+
+    def build_back(self, ops: ParallelOps) -> nn.Module:
+        return MaskedBack(self.trunk.hidden_size, self.vocab, [term.name for term in self.terms], ops)
+
+    def sequence(self, sample: Sample, task: str, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """See `task_sequence`.
+
+        Raises:
+            ValueError: an image is not a grid of codes of the configured size and range.
+        """
+        return task_sequence(
+            task, segments, self.vocab, lambda segment: image_ids(sample, segment, self.image, self.vocab)
+        )
+
+    def positions(self, text_tokens: int, texts: int, images: int) -> int:
+        """Those of a document that leaves nothing out."""
+        names_task = images == 1 and texts == 1
+        return 2 + names_task + text_tokens + images * (2 + self.image.height * self.image.width)
+
+    def count(self, terms: torch.Tensor) -> dict[str, int]:
+        """How many positions have each term's number: int8 [B, S]."""
+        return {term.name: int((terms == number).sum()) for number, term in enumerate(self.terms)}
+
+
+class MaskedBack(nn.Module):
+    """(hidden [B, S, D], PackedBatch) -> for each term the sum of cross-entropies at the positions that are its own.
+
+    Fields: labels int64 [B, S], term int8 [B, S] (its number), and weight [B, S] where the family has one.
+    """
+
+    def __init__(self, hidden_size: int, vocab: Vocabulary, terms: Sequence[str], ops: ParallelOps) -> None:
+        super().__init__()
+        self.ops, self.terms = ops, tuple(terms)
+        self.head = ops.vocab_head(hidden_size, vocab.size)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the logits [B, S, V / TP]."""
+        return self.head(hidden)
+
+    def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
+        loss, _ = self.head.cross_entropy(hidden, batch.fields["labels"])
+        if "weight" in batch.fields:
+            loss = loss * batch.fields["weight"]
+        term = batch.fields["term"]
+        return {name: torch.where(term == number, loss, 0.0).sum() for number, name in enumerate(self.terms)}

@@ -1,0 +1,116 @@
+"""Sampling from MMaDA: every step reads whole documents, since all of their positions see each other.
+
+Images by masked decoding; text in blocks, left to right, each of which takes its most confident tokens first (LLaDA,
+arXiv 2502.09992). An interleaved document goes on with an image behind text and with text behind an image, until its
+text is empty or there is no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_mm.data.pack import pack
+from megatron_mm.mask import full
+from megatron_mm.sampling.masked import MaskedSampler
+from megatron_mm.sampling.remask import most_confident
+from megatron_mm.sampling.row import Row
+from megatron_mm.sampling.text import Next, choose
+from megatron_mm.types import Document, ImageSegment
+
+
+class MMaDASampler(MaskedSampler):
+    """See `Sampler`. `documents`: the tokens so far of each row, and of its twin."""
+
+    guidance = 4.5
+    """The official w = 3.5 in (1 + w) c - w u."""
+
+    @property
+    def least_text(self) -> int:
+        return self.model.config.model.text_block
+
+    @property
+    def most_text(self) -> int:
+        return -(-self.settings.max_new_tokens // self.least_text) * self.least_text
+
+    def room(self, row: Row) -> int:
+        return self.seq_length - len(self.documents[row.index])
+
+    def read(self, prompts: Sequence[Document], no_prompt: Document) -> torch.Tensor:
+        self.documents = [document.tokens for document in (*prompts, *[no_prompt] * len(prompts))]
+        return torch.empty(0)
+
+    def write(self, hidden: torch.Tensor) -> None:
+        if self.draws_at_once:
+            self.draw(self.rows)
+            return
+        rows = self._answer([row for row in self.rows if self.mode == "image_to_text" or _ends_in_image(row)])
+        if self.mode == "image_to_text":
+            return
+        rows += [row for row in self.rows if not _ends_in_image(row)]
+        while rows := [row for row in rows if self.room(row) >= self.image_length + self.beside_image]:
+            for row, image in zip(rows, self.wrapped(self.draw(rows)), strict=True):
+                self._extend(row, image)
+            rows = self._answer(rows)
+
+    def code_hidden(self, rows: Sequence[Row], indices: list[int], tokens: np.ndarray) -> torch.Tensor:
+        return self._hidden(indices, list(self.wrapped(tokens)), 1, self.image_length)
+
+    def _answer(self, rows: list[Row]) -> list[Row]:
+        """Writes text behind each row that has room for a block; returns those that may go on."""
+        block = self.least_text
+        lengths = [min(self.most_text, self.room(row)) // block * block for row in rows]
+        answers = [np.full(length, self.model.family.mask_id) for length in lengths]
+        for first in range(0, max(lengths, default=0), block):
+            writing = [n for n, answer in enumerate(answers) if first < len(answer) and self.vocab.eos not in answer]
+            if writing:
+                self._fill([rows[n] for n in writing], [answers[n] for n in writing], first)
+        return [row for row, answer in zip(rows, answers, strict=True) if self._take(row, answer)]
+
+    def _fill(self, rows: list[Row], answers: list[np.ndarray], first: int) -> None:
+        """Unmasks one block of each answer, from position `first` of the answer on; changes `answers`."""
+        block, mask_id, device = self.least_text, self.model.family.mask_id, self.model.device
+        allowed = self.allowed[Next.TEXT].expand(len(rows) * block, -1)
+        for _ in range(-(-block // self.settings.tokens_per_step)):
+            self.report(f"writing, {first} tokens and more")
+            logits = self.decoder.logits(self._hidden(self.indices(rows), answers, first, block))
+            uniforms = torch.from_numpy(np.stack([row.draws(block) for row in rows])).to(device)
+            drawn = choose(
+                logits.flatten(0, 1), allowed, uniforms.flatten(), self.settings.temperature, self.settings.top_p
+            ).view(len(rows), block)
+            permitted = logits.double().masked_fill(~allowed.view_as(logits), -torch.inf)
+            confidence = permitted.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            unknown = torch.from_numpy(np.stack([a[first : first + block] == mask_id for a in answers])).to(device)
+            taken = most_confident(confidence, unknown, self.settings.tokens_per_step).cpu().numpy()
+            for answer, new, chosen in zip(answers, drawn.cpu().numpy(), taken, strict=True):
+                answer[first : first + block][chosen] = new[chosen]
+
+    def _take(self, row: Row, answer: np.ndarray) -> bool:
+        """Notes an answer up to its EOS; False when the row ends with it."""
+        ends = np.isin(answer, (self.vocab.eos, self.model.family.mask_id))  # masks stand behind the block of an EOS
+        text = answer[: ends.argmax() if ends.any() else None][: self.settings.max_new_tokens - row.new_tokens]
+        for token in text.tolist():
+            row.add_text(token)
+        self._extend(row, text)
+        return len(text) > 0 and row.new_tokens < self.settings.max_new_tokens
+
+    def _extend(self, row: Row, tokens: np.ndarray) -> None:
+        self.documents[row.index] = np.concatenate([self.documents[row.index], tokens])
+
+    def _hidden(self, indices: list[int], further: list[np.ndarray], first: int, count: int) -> torch.Tensor:
+        """Hidden states [b, count, D] of `further` tokens behind the documents, from the `first` of them on."""
+        documents = [self.documents[index] for index in indices]
+        whole = [np.concatenate([document, tokens]) for document, tokens in zip(documents, further, strict=True)]
+        no_images = np.zeros((0, 3), dtype=np.int32)
+        rows = [[Document(0, tokens, full(len(tokens)), {}, no_images)] for tokens in whole]
+        batch = pack(rows, max(map(len, whole)), {}, self.vocab.pad, [[0]] * len(rows))
+        hidden = self.decoder.forward(indices, batch, keep=0)
+        places = torch.tensor([len(document) + first for document in documents])[:, None] + torch.arange(count)
+        return hidden[torch.arange(len(rows))[:, None], places]
+
+
+def _ends_in_image(row: Row) -> bool:
+    segments = row.request.prompt.segments
+    return bool(segments) and isinstance(segments[-1], ImageSegment)
