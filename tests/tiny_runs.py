@@ -15,7 +15,7 @@ from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.train import StopSignal, train
 
-FAMILIES = ("transfusion", "chameleon", "showo", "mmada")
+FAMILIES = ("transfusion", "chameleon", "showo", "mmada", "showo_flow")
 SIDE = 8
 COMMON = [
     "run.name=test",
@@ -60,6 +60,14 @@ MODEL |= {
     for family in ("showo", "mmada")
 }
 MODEL["mmada"].append("model.text_block=8")
+MODEL["showo_flow"] = [
+    "model=showo_flow_tiny",
+    f"model.image={{channels: 1, height: {SIDE}, width: {SIDE}}}",
+    "model.semantic_hidden_size=16",
+    "model.semantic_ffn_size=32",
+    "model.semantic_layers=1",
+    "model.flow_layers=1",
+]
 MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
 
 

@@ -16,6 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
 from megatron_mm.config.schema import (
@@ -30,11 +31,12 @@ from megatron_mm.config.schema import (
     TrainConfig,
 )
 
-ModelConfig = TransfusionConfig | ChameleonConfig | ShowoConfig | MMaDAConfig
+ModelConfig = TransfusionConfig | ChameleonConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
 FAMILIES: dict[str, type[ModelConfig]] = {
     "transfusion": TransfusionConfig,
     "chameleon": ChameleonConfig,
     "showo": ShowoConfig,
+    "showo_flow": ShowoFlowConfig,
     "mmada": MMaDAConfig,
 }
 

@@ -58,6 +58,13 @@ def drop_condition(
     return tuple(segment for segment in segments if isinstance(segment, ImageSegment))
 
 
+def in_task_order(segments: tuple[Segment, ...], task: str) -> tuple[Segment, ...]:
+    """A pair with its image last where it is to be drawn, and first where it is to be understood."""
+    if task not in ("generation", "understanding"):
+        return segments
+    return tuple(sorted(segments, key=lambda segment: isinstance(segment, ImageSegment) == (task == "generation")))
+
+
 def open_task(segments: Sequence[Segment], open_image: bool) -> tuple[str, bool]:
     """(task of a prompt, whether it is to be continued before its EOS), by what stands in it and what is to follow."""
     images = [number for number, segment in enumerate(segments) if isinstance(segment, ImageSegment)]
@@ -67,12 +74,16 @@ def open_task(segments: Sequence[Segment], open_image: bool) -> tuple[str, bool]
 
 
 def token_sequence(
-    segments: Sequence[Segment], vocab: Vocabulary, image_tokens: Callable[[ImageSegment], np.ndarray]
+    segments: Sequence[Segment],
+    vocab: Vocabulary,
+    image_tokens: Callable[[ImageSegment], np.ndarray],
+    before_image: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """BOS, the segments, EOS, an image standing as BOI, its tokens, EOI.
 
     Args:
         image_tokens: the ids int [h, w] that stand for an image's positions.
+        before_image: ids between BOI and these.
 
     Returns:
         tokens int64 [n]; images int32 [m, 3]: (first position, h, w) of every image's own positions.
@@ -83,7 +94,7 @@ def token_sequence(
             tokens.extend(segment.ids.tolist())
         else:
             grid = image_tokens(segment)
-            tokens.append(vocab.boi)
+            tokens.extend([vocab.boi, *before_image])
             images.append((len(tokens), *grid.shape))
             tokens.extend(grid.ravel().tolist())
             tokens.append(vocab.eoi)

@@ -9,12 +9,14 @@ from megatron_mm.families.base import Family
 from megatron_mm.families.chameleon import Chameleon
 from megatron_mm.families.mmada import MMaDA
 from megatron_mm.families.showo import Showo
+from megatron_mm.families.showo_flow import ShowoFlow
 from megatron_mm.families.transfusion import Transfusion
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "chameleon": Chameleon,
     "mmada": MMaDA,
     "showo": Showo,
+    "showo_flow": ShowoFlow,
     "transfusion": Transfusion,
 }
 

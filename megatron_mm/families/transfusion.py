@@ -21,12 +21,13 @@ from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
+from megatron_mm.families.patches import images_of
 from megatron_mm.mask import with_spans
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import LinearPatchIn, LinearPatchOut, patchify
 from megatron_mm.nn.unet import UNetPatchIn, UNetPatchOut
-from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample
+from megatron_mm.types import IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample
 
 CODECS = ("linear", "unet")
 NO_PATCH = -1
@@ -88,9 +89,8 @@ class Transfusion:
         patches, noise = np.zeros((2, n, self.patch_dim), dtype=np.float32)
         timestep = np.full(n, NO_PATCH, dtype=np.int32)
         spans = [(int(first), int(first + h * w)) for first, h, w in images]
-        latents = [segment.data for segment in arrangement.segments if isinstance(segment, ImageSegment)]
+        latents = images_of(sample, arrangement.segments, self.config.image)
         for i, ((first, end), x0) in enumerate(zip(spans, latents, strict=True)):
-            self._check_image(sample, x0)
             t = self._draw_timestep(streams, i, arrangement.image_first)
             eps = streams.generator("noise", i).standard_normal(x0.shape, dtype=np.float32)
             patches[first:end] = patchify(self.schedule.add_noise(x0, eps, t), self.config.patch_size)
@@ -110,9 +110,8 @@ class Transfusion:
         patches = np.zeros((len(tokens), self.patch_dim), dtype=np.float32)
         timestep = np.full(len(tokens), NO_PATCH, dtype=np.int32)
         spans = [(int(first), int(first + h * w)) for first, h, w in images]
-        clean = [segment.data for segment in sample.segments if isinstance(segment, ImageSegment)]
+        clean = images_of(sample, sample.segments, self.config.image)
         for (first, end), x0 in zip(spans, clean, strict=True):
-            self._check_image(sample, x0)
             patches[first:end] = patchify(x0, self.config.patch_size)
             timestep[first:end] = 0
         fields = {"patches": patches, "timestep": timestep}
@@ -135,14 +134,6 @@ class Transfusion:
         if image_first:
             end = min(end, self.config.image_first_max_timestep + 1)
         return int(streams.generator("timestep", image).integers(end))
-
-    def _check_image(self, sample: Sample, x0: np.ndarray) -> None:
-        image = self.config.image
-        if x0.shape != (image.channels, image.height, image.width):
-            raise ValueError(
-                f"Sample {sample.key!r} has an image of shape {list(x0.shape)}, but model.image says "
-                f"[{image.channels}, {image.height}, {image.width}]. Change model.image or the shards."
-            )
 
 
 class TransfusionFront(nn.Module):

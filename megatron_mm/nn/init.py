@@ -7,8 +7,11 @@ reads `init_std` from the parameter where it has one. Vectors stay as built, hen
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 from torch import nn
+
+T = TypeVar("T", bound=nn.Module)
 
 
 def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
@@ -23,6 +26,14 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, std: float
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
     _set_init(layer, inputs * kernel * kernel, std)
     return layer
+
+
+def adopt(module: T) -> T:
+    """A library's module, its linear layers and convolutions initialised as `linear` and `conv` are."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            _set_init(layer, layer.weight[0].numel(), None)
+    return module
 
 
 def _set_init(layer: nn.Linear | nn.Conv2d, fan_in: int, std: float | None) -> None:

@@ -12,6 +12,7 @@ from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.sampling.row import Request
 from megatron_mm.sampling.sampler import Sampler
 from megatron_mm.sampling.showo import ShowoSampler
+from megatron_mm.sampling.showo_flow import ShowoFlowSampler
 from megatron_mm.sampling.transfusion import TransfusionSampler
 from megatron_mm.types import Sample, Segment
 
@@ -19,6 +20,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "chameleon": ChameleonSampler,
     "mmada": MMaDASampler,
     "showo": ShowoSampler,
+    "showo_flow": ShowoFlowSampler,
     "transfusion": TransfusionSampler,
 }
 

@@ -28,6 +28,8 @@ class Sampler(ABC):
 
     guidance = 3.0
     """Scale of classifier-free guidance where none is given."""
+    before_image = 0
+    """Positions between BOI and an image's own."""
     beside_image = 0
     """Positions that an image takes beside its own when it is drawn."""
 
@@ -121,7 +123,7 @@ class Sampler(ABC):
 
     def after_text(self, row: Row) -> Next:
         """What may follow a text token: an image only where it fits with BOI and EOI."""
-        image = self.mode == "interleaved" and self.room(row) >= self.image_length + 2
+        image = self.mode == "interleaved" and self.room(row) >= self.before_image + self.image_length + 2
         return Next.TEXT_OR_IMAGE if image else Next.TEXT
 
     def choose(self, rows: Sequence[Row], logits: torch.Tensor, following: Sequence[Next]) -> list[int]:

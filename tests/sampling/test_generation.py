@@ -18,7 +18,7 @@ from megatron_mm.sampling.row import Request, Row
 from megatron_mm.sampling.text import Next, choose, grammar
 from megatron_mm.types import ImageSegment, Sample, TextSegment
 
-FAMILIES = ("transfusion", "transfusion_unet", "chameleon", "showo", "mmada")
+FAMILIES = ("transfusion", "transfusion_unet", "chameleon", "showo", "mmada", "showo_flow")
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 WILD = SamplingConfig(steps=3, temperature=20.0, top_p=1.0, max_new_tokens=60, cfg_scale=1.0)
 """Nearly uniform over what is allowed, so that images begin by themselves."""

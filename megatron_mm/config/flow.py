@@ -1,0 +1,41 @@
+"""The model group of Show-o's flow variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_mm.config.model import ImageConfig, TrunkConfig
+
+
+@dataclass(frozen=True)
+class ShowoFlowConfig:
+    """Show-o2 (arXiv 2506.15564)."""
+
+    family: str = "showo_flow"
+    trunk: TrunkConfig = TrunkConfig()
+    image: ImageConfig = ImageConfig(channels=16, height=32, width=32)
+    """Latents of a VAE."""
+    patch_size: int = 2
+    semantic_hidden_size: int = 1152
+    """Of the SigLIP layers that read an image's latents for their meaning."""
+    semantic_layers: int = 27
+    semantic_heads: int = 16
+    semantic_ffn_size: int = 4304
+    flow_layers: int = 10
+    """Layers of the flow head."""
+    flow_heads: int | None = None
+    """Attention heads of the flow head; null means the trunk's."""
+    ntp_weight: float = 1.0
+    """Of next-token prediction."""
+    flow_weight: float = 1.0
+    """Of flow matching."""
+    generation_share: float = 0.5
+    """Share of caption-image pairs that teach text to image; the others teach image to text."""
+    condition_dropout: float = 0.1
+    """Share of text to image trained without its caption, for classifier-free guidance."""
+    time_shift: bool = True
+    """Shift times towards noise, the more the more positions an image has."""
+
+    @property
+    def flow_attention_heads(self) -> int:
+        return self.flow_heads or self.trunk.num_attention_heads

@@ -1,0 +1,24 @@
+"""What families share whose images are patch vectors of latents or pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_mm.config.model import ImageConfig
+from megatron_mm.types import ImageSegment, Sample, Segment
+
+
+def images_of(sample: Sample, segments: tuple[Segment, ...], image: ImageConfig) -> list[np.ndarray]:
+    """The images among `segments`, each float32 [C, H, W].
+
+    Raises:
+        ValueError: one is not of the configured size.
+    """
+    found = [segment.data for segment in segments if isinstance(segment, ImageSegment)]
+    for data in found:
+        if data.shape != (image.channels, image.height, image.width):
+            raise ValueError(
+                f"Sample {sample.key!r} has an image of shape {list(data.shape)}, but model.image says "
+                f"[{image.channels}, {image.height}, {image.width}]. Change model.image or the shards."
+            )
+    return found
