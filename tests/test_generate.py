@@ -59,6 +59,8 @@ def test_text_to_image(checkpoint, tmp_path):
     with Image.open(tmp_path / files[0]) as image:
         assert (image.size, image.mode) == ((8, 8), "L")
     assert printed[0] == f"a cat -> {tmp_path / files[0]}"
+    page = (tmp_path / "index.html").read_text()
+    assert all(f'src="{file}"' in page for file in files) and page.count("a dog") == 2
 
 
 def test_image_to_text_and_interleaved(checkpoint, tmp_path):
@@ -68,6 +70,7 @@ def test_image_to_text_and_interleaved(checkpoint, tmp_path):
         _, (sample,) = generate(checkpoint, tmp_path / "out", *arguments)
         assert sample["image"].endswith("red.png")
         assert all(set(part) in ({"text"}, {"image"}) for part in sample["segments"])
+        assert "data:image/png;base64," in (tmp_path / "out" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class GenerateConfig(SamplingConfig):
     image: str | None = None
     """Picture that leads every prompt."""
     out: str = "samples"
-    """Folder for the PNGs and samples.jsonl."""
+    """Folder for the PNGs, samples.jsonl and index.html."""
     mode: str = choice("auto", *MODES)
     """`auto`: a prompt alone becomes an image, an image (and its prompt) is continued as text."""
 

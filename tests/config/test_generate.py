@@ -46,7 +46,7 @@ def test_mode(arguments, mode, tmp_path):
         ([CHECKPOINT, "prompt=@no.txt"], r"prompt=@no\.txt names no file"),
         ([CHECKPOINT, "prompt=[a, b"], r"prompt=\[a, b cannot be read: .*; put texts in quotes\."),
         ([CHECKPOINT, "prompt=[]"], r"prompt=\[\] must be a list such as"),
-        ([CHECKPOINT, "prompt=x", "steps=many"], r"steps=many must be a whole number\."),
+        ([CHECKPOINT, "prompt=x", "steps=many"], r"steps=many must be a whole number or null\."),
         ([CHECKPOINT, "prompt=x", "steps=0"], r"steps=0 must be 1 or more\."),
         ([CHECKPOINT, "prompt=x", "top_p=1.5"], r"top_p=1\.5 must be between 0 and 1\."),
         ([CHECKPOINT, "prompt=x", "temperature=-1"], r"temperature=-1\.0 must be 0 or more, and finite\."),

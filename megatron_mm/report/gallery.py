@@ -1,0 +1,46 @@
+"""One HTML page of generated documents, to look at in a browser: prompts, pictures and text in their order."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+STYLE = """
+body { font-family: sans-serif; margin: 2em; max-width: 70em; }
+article { border-top: 1px solid #ccc; padding: 0.8em 0; }
+h2 { font-size: 1em; margin: 0 0 0.6em; }
+img { min-width: 112px; max-width: 512px; image-rendering: pixelated; vertical-align: top; margin: 0.2em; }
+p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.4em 0; }
+"""
+
+
+def gallery(title: str, lines: Sequence[dict[str, Any]], given: Path | None) -> str:
+    """The page, which lies beside the pictures that it shows.
+
+    Args:
+        lines: of samples.jsonl. given: the picture that leads every prompt; it is put into the page itself.
+    """
+    picture = f'<img alt="given" src="{_inline(given)}">' if given else ""
+    articles = [_article(line, picture if line["image"] else "") for line in lines]
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    body = f"<h1>{escape(title)}</h1>\n{''.join(articles)}"
+    return f"<!doctype html>\n<html><head>{head}</head>\n<body>{body}</body></html>\n"
+
+
+def _article(line: dict[str, Any], picture: str) -> str:
+    parts = [
+        f"<p>{escape(part['text'])}</p>"
+        if "text" in part
+        else f'<img alt="{escape(part["image"])}" src="{escape(part["image"])}">'
+        for part in line["segments"]
+    ]
+    heading = f"{escape(line['prompt'] or '')} <small>#{line['sample']}</small>"
+    return f"<article><h2>{heading}</h2>{picture}\n{''.join(parts)}</article>\n"
+
+
+def _inline(path: Path) -> str:
+    kind = path.suffix.lstrip(".").lower().replace("jpg", "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
