@@ -27,7 +27,7 @@ def test_text_stays_text_and_pictures_keep_their_order(tmp_path):
             "prompt": nasty,
             "image": None,
             "sample": 0,
-            "segments": [{"image": "a.png"}, {"text": nasty}, {"image": "b"}],
+            "segments": [{"image": "a"}, {"text": nasty}, {"image": "b"}],
         },
         {"prompt": None, "image": "x.jpg", "sample": 1, "segments": [{"text": ""}]},
     ]
