@@ -30,7 +30,7 @@ from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, common_stat
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
-from megatron_mm.interop.chameleon_config import config_to_hf, overrides_from_hf
+from megatron_mm.interop.chameleon_config import check_trunk, config_to_hf, overrides_from_hf
 from megatron_mm.interop.chameleon_weights import VQ_PREFIX, weights_from_hf, weights_to_hf
 from megatron_mm.interop.safetensors_folder import SafetensorsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
@@ -55,6 +55,7 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     derived += [] if any(o.startswith("model=") for o in overrides) else ["model=chameleon"]
     config = compose([*derived, *overrides])
     validate(config, world_size=1)
+    check_trunk(config.model.trunk)
     vocab = _vocabulary(config)
     tensors = SafetensorsFolder(src)
     _make_folder(out)

@@ -11,8 +11,8 @@ class PlainOps:
     def vocab_embedding(self, vocab_size, hidden_size):
         return nn.Embedding(vocab_size, hidden_size)
 
-    def vocab_head(self, hidden_size, vocab_size):
-        return PlainHead(hidden_size, vocab_size, bias=False)
+    def vocab_head(self, hidden_size, vocab_size, bias=False):
+        return PlainHead(hidden_size, vocab_size, bias=bias)
 
     def gather_logits(self, logits):
         return logits

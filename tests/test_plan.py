@@ -15,7 +15,7 @@ from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.parallel.transformer_config import transformer_config
 from megatron_mm.plan.__main__ import main
-from megatron_mm.plan.memory import LOGITS_BYTES, estimate, parameters
+from megatron_mm.plan.memory import LOGITS_BYTES, estimate, layer_activations, parameters
 from megatron_mm.plan.time import step_time
 
 LONG = ["experiment=longcontext_1m"]
@@ -29,13 +29,15 @@ def _built(init_kwargs: dict, config) -> int:
         return sum(parameter.numel() for parameter in stage.parameters())
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 @pytest.mark.parametrize("tensor_ranks", [1, 2])
-def test_weights_are_those_of_the_model(tensor_ranks):
+def test_weights_are_those_of_the_model(tensor_ranks, activation):
     """All but norms, and the padding of the vocabulary."""
     config = compose(
         [
             "model=chameleon_tiny", "run.name=test", "data.path=none", "model.trunk.hidden_size=128",
             "model.trunk.num_query_groups=2", f"parallel.tensor_model_parallel_size={tensor_ranks}",
+            f"model.trunk.activation={activation}",
         ]
     )  # fmt: skip
     counts = run_ranks(_built, tensor_ranks, config)
@@ -58,6 +60,14 @@ def test_memory_of_a_million_tokens_by_hand():
     assert memory.kept == 32 * 2**20 / 32 * 4096 / 8 * 2, "the inputs of 32 layers, in bf16, cut by 8 and by 32"
     assert memory.logits == LOGITS_BYTES
     assert memory.total == pytest.approx(sum(vars(memory).values()))
+
+
+def test_activations_of_a_phi_layer_by_hand():
+    """Kept of a token: the norm's input and output; q, k, v, the turned q and k, attention's output; fc1 and GELU."""
+    options = ("activation=gelu", "parallel_block=true", "hidden_size=64", "num_query_groups=4")
+    tiny = ["model=chameleon_tiny", "run.name=test", "data.path=none", *(f"model.trunk.{o}" for o in options)]
+    assert layer_activations(compose(tiny)) == 2 * 64 + 6 * 64 + 2 * 256
+    assert layer_activations(compose([*tiny, "parallel.feed_forward_block=16"])) == 2 * 64 + 6 * 64
 
 
 def test_memory_stays_flat_as_ranks_and_context_grow_together():

@@ -69,6 +69,16 @@ MODEL["showo_flow"] = [
     "model.flow_layers=1",
 ]
 MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
+PHI = [
+    "model.trunk.normalization=LayerNorm",
+    "model.trunk.activation=gelu",
+    "model.trunk.add_bias_linear=true",
+    "model.trunk.parallel_block=true",
+    "model.trunk.rotary_percent=0.5",
+    "model.trunk.head_bias=true",
+    "model.trunk.norm_placement=pre",
+]
+MODEL |= {f"{family}_phi": [*MODEL[family], *PHI] for family in FAMILIES}
 
 
 def picture(rng: np.random.Generator) -> Image.Image:

@@ -9,7 +9,8 @@ from megatron_mm.config.fields import choice
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """A Llama-style transformer: RMSNorm, SwiGLU, RoPE, no biases, untied head."""
+    """A transformer with RoPE and an untied head: by default Llama's blocks (RMSNorm, SwiGLU, no biases). Phi-1.5's are
+    LayerNorm, GELU, biases, both sublayers side by side, RoPE over half of each head, and a bias on the head."""
 
     num_layers: int = 4
     hidden_size: int = 128
@@ -17,7 +18,8 @@ class TrunkConfig:
     num_query_groups: int | None = None
     """Key/value heads (GQA); null means one per attention head."""
     ffn_hidden_size: int | None = None
-    """SwiGLU width; null means Llama's: 2/3 of 4 * hidden_size, rounded up to a multiple of 256 (of 32 below 1024)."""
+    """Feed-forward width; null means 4 * hidden_size for gelu, and Llama's for swiglu: 2/3 of that, rounded up to a
+    multiple of 256 (of 32 below a hidden_size of 1024)."""
     qk_layernorm: bool = False
     """LayerNorm with weight and bias on each head's queries and keys, before RoPE (Chameleon)."""
     norm_placement: str = choice("pre", "swin")
@@ -27,6 +29,18 @@ class TrunkConfig:
     rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5
     init_method_std: float = 0.02
+    normalization: str = choice("RMSNorm", "LayerNorm")
+    """LayerNorm has a weight and a bias."""
+    activation: str = choice("swiglu", "gelu")
+    """`swiglu`: fc2(silu(gate) * up). `gelu`: fc2(gelu(fc1)), by the tanh approximation (gelu_new)."""
+    add_bias_linear: bool = False
+    """Biases on the layers' linear parts: queries, keys and values, attention's output, both of the feed-forward."""
+    parallel_block: bool = False
+    """Attention and feed-forward side by side, behind one norm: h + attention(norm(h)) + mlp(norm(h)) (GPT-J, Phi)."""
+    rotary_percent: float = 1.0
+    """Share of a head's channels that RoPE turns, the first ones; the others pass through."""
+    head_bias: bool = False
+    """A bias on the output head."""
 
     @property
     def kv_heads(self) -> int:
@@ -40,8 +54,26 @@ class TrunkConfig:
     def ffn_size(self) -> int:
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
+        if self.activation == "gelu":
+            return 4 * self.hidden_size
         multiple = 256 if self.hidden_size >= 1024 else 32
         return -(-(8 * self.hidden_size // 3) // multiple) * multiple
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Matrices of the feed-forward, hidden_size x ffn_size each: gate, up and down, or fc1 and fc2."""
+        return 3 if self.activation == "swiglu" else 2
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of a layer: queries, keys, values, output and feed-forward."""
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.kv_heads)
+        return self.hidden_size * (attention + self.ffn_matrices * self.ffn_size)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return int(self.head_dim * self.rotary_percent)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ SHARES = {
     "generation_share",
     "hidden_dropout",
     "image_first",
+    "rotary_percent",
     "top_p",
 }
 """Numbers between 0 and 1; all others are 0 or more."""
@@ -129,6 +130,20 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         trunk.hidden_size % (2 * heads) > 0,
         f"model.trunk.hidden_size={trunk.hidden_size} must be an even multiple of model.trunk.num_attention_heads="
         f"{heads}, since RoPE turns pairs of channels; change one of the two.",
+    )
+    yield (
+        trunk.rotary_dim < 2 or trunk.rotary_dim % 2 > 0,
+        f"model.trunk.rotary_percent={trunk.rotary_percent} turns {trunk.rotary_dim} of a head's {trunk.head_dim} "
+        "channels, but RoPE turns pairs; choose a share that is an even number of them, 2 or more.",
+    )
+    yield (
+        trunk.parallel_block and trunk.norm_placement == "swin",
+        "model.trunk.parallel_block=true has one norm, before both sublayers, and model.trunk.norm_placement=swin one "
+        "behind each; use pre, or set model.trunk.parallel_block=false.",
+    )
+    yield (
+        trunk.normalization == "LayerNorm" and config.fusion.rms_norm == "liger",
+        "fusion.rms_norm=liger has no RMSNorm to compute with model.trunk.normalization=LayerNorm; use torch.",
     )
     yield (
         heads % kv > 0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_mm.config.model import ChameleonConfig, VocabularyConfig
+from megatron_mm.config.model import ChameleonConfig, TrunkConfig, VocabularyConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
@@ -72,7 +72,7 @@ class Chameleon:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
-        return ChameleonBack(self.trunk.hidden_size, self.vocab, ops)
+        return ChameleonBack(self.trunk, self.vocab, ops)
 
 
 def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:
@@ -84,10 +84,10 @@ def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:
 class ChameleonBack(nn.Module):
     """(hidden [B, S, D], PackedBatch) -> sums of cross-entropy and squared log Z."""
 
-    def __init__(self, hidden_size: int, vocab: Vocabulary, ops: ParallelOps) -> None:
+    def __init__(self, trunk: TrunkConfig, vocab: Vocabulary, ops: ParallelOps) -> None:
         super().__init__()
         self.ops = ops
-        self.head = ops.vocab_head(hidden_size, vocab.size)
+        self.head = ops.vocab_head(trunk.hidden_size, vocab.size, trunk.head_bias)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's share of the logits [B, S, V / TP]."""

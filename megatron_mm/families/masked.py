@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
+from megatron_mm.config.model import TrunkConfig
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import task_sequence
 from megatron_mm.families.tokens import TokenFront, image_ids
@@ -50,7 +51,7 @@ class MaskedFamily:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
-        return MaskedBack(self.trunk.hidden_size, self.vocab, [term.name for term in self.terms], ops)
+        return MaskedBack(self.trunk, self.vocab, [term.name for term in self.terms], ops)
 
     def sequence(self, sample: Sample, task: str, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """See `task_sequence`.
@@ -78,10 +79,10 @@ class MaskedBack(nn.Module):
     Fields: labels int64 [B, S], term int8 [B, S] (its number), and weight [B, S] where the family has one.
     """
 
-    def __init__(self, hidden_size: int, vocab: Vocabulary, terms: Sequence[str], ops: ParallelOps) -> None:
+    def __init__(self, trunk: TrunkConfig, vocab: Vocabulary, terms: Sequence[str], ops: ParallelOps) -> None:
         super().__init__()
         self.ops, self.terms = ops, tuple(terms)
-        self.head = ops.vocab_head(hidden_size, vocab.size)
+        self.head = ops.vocab_head(trunk.hidden_size, vocab.size, trunk.head_bias)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's share of the logits [B, S, V / TP]."""

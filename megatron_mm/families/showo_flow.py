@@ -175,7 +175,7 @@ class ShowoFlowBack(nn.Module):
         super().__init__()
         hidden = config.trunk.hidden_size
         self.ops = ops
-        self.head = ops.vocab_head(hidden, vocab.size)
+        self.head = ops.vocab_head(hidden, vocab.size, config.trunk.head_bias)
         self.flow = FlowHead(hidden, config.flow_attention_heads, config.flow_layers, patch_dim)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

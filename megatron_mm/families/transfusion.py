@@ -162,7 +162,7 @@ class TransfusionBack(nn.Module):
         super().__init__()
         hidden = config.trunk.hidden_size
         self.ops = ops
-        self.head = ops.vocab_head(hidden, vocab.size)
+        self.head = ops.vocab_head(hidden, vocab.size, config.trunk.head_bias)
         self.patch_out = (
             LinearPatchOut(hidden, patch_dim)
             if config.patch_codec == "linear"

@@ -2,8 +2,8 @@
 
 Eager torch starts a kernel for every operation and keeps what lies between them. A compiled chain reads its inputs
 once, and its backward pass recomputes what is cheap: dropout keeps no mask. The price is some seconds of compilation in
-the first step, for each shape. SwiGLU is megatron-core's own pair of compiled functions; RMSNorm needs no compiler,
-since torch has a kernel for it on CUDA.
+the first step, for each shape. SwiGLU and GELU behind a bias are megatron-core's own pairs of compiled functions. GELU
+alone and norms over the hidden size need no compiler, since torch has kernels for them on CUDA.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from megatron_mm.config.model import TrunkConfig
 from megatron_mm.config.schema import FusionConfig
 from megatron_mm.nn.dropout import hashed_dropout
 
@@ -38,7 +39,7 @@ def select(config: FusionConfig, device: torch.device) -> tuple[FusionConfig, st
         if device.type != "cuda":
             raise ValueError("fusion.rms_norm=liger cannot run: it needs CUDA. Use fusion.rms_norm=torch.")
     chains = "compiled" if compiled else f"eager ({obstacle or 'asked for'})"
-    line = f"RoPE, SwiGLU, head norms and dropout {chains}; RMSNorm by {config.rms_norm}"
+    line = f"RoPE, activations, head norms and dropout {chains}; norms by {config.rms_norm}"
     return FusionConfig("compile" if compiled else "eager", config.rms_norm), line
 
 
@@ -55,6 +56,21 @@ def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return torch.compile(function, dynamic=False)
 
 
+def feed_forward_activation(trunk: TrunkConfig, compiled: bool) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
+    """megatron-core's `activation_func` and `bias_activation_fusion`: what follows the first matrix, and whether
+    megatron-core's compiled functions compute it. They know GELU only with a bias, and under the name of the exact one,
+    of which they compute the tanh approximation."""
+    if trunk.activation == "swiglu":
+        return F.silu, compiled
+    fused = compiled and trunk.add_bias_linear
+    return (F.gelu if fused else gelu_tanh), fused
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by the tanh approximation (gelu_new, arXiv 1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
 def rotary_table(positions: torch.Tensor, width: int, base: float, dtype: torch.dtype) -> torch.Tensor:
     """What `rotate` needs of positions int [...]: cosines, then sines, of width / 2 angles, [..., width] in `dtype`."""
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
@@ -63,10 +79,12 @@ def rotary_table(positions: torch.Tensor, width: int, base: float, dtype: torch.
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """RoPE, half-split: x [..., D] turned by a `rotary_table` that broadcasts to it; computed in the table's dtype."""
-    cos, sin = table.chunk(2, -1)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    """RoPE, half-split: x [..., D], of which the first channels, as many as a `rotary_table` is wide, are turned by it.
+    The table [..., W] broadcasts to them; computed in its dtype."""
+    half = table.shape[-1] // 2
+    cos, sin = table.split(half, -1)
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
 
 
 def norm_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:

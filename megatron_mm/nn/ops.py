@@ -33,8 +33,8 @@ class ParallelOps(Protocol):
         """Module mapping tokens int64 [...] to embeddings [..., hidden_size], the full width on every rank."""
         ...
 
-    def vocab_head(self, hidden_size: int, vocab_size: int) -> VocabHead:
-        """The output layer, without a bias."""
+    def vocab_head(self, hidden_size: int, vocab_size: int, bias: bool = False) -> VocabHead:
+        """The output layer, with a bias for each entry if asked for."""
         ...
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ class BlockwiseMLP(MLP):
 
     config: TrunkTransformerConfig
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        """hidden_states [n, B, D], or [n / TP, B, D] under sequence parallelism."""
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output and its bias, as megatron-core's MLP; hidden_states [n, B, D], or [n / TP, B, D] under sequence
+        parallelism."""
         block = self.config.feed_forward_block
         if self.config.sequence_parallel:
             block //= self.config.tensor_model_parallel_size
@@ -25,4 +26,4 @@ class BlockwiseMLP(MLP):
             checkpoint(lambda x: whole(x, *args, **kwargs)[0], part, use_reentrant=False, preserve_rng_state=False)
             for part in hidden_states.split(block)
         ]
-        return torch.cat(blocks), None
+        return torch.cat(blocks), self.linear_fc2.bias

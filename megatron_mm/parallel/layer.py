@@ -16,24 +16,29 @@ from torch import nn
 from megatron_mm.nn.dropout import hash_tokens
 from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
+from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.feed_forward import BlockwiseMLP
-from megatron_mm.parallel.norms import HeadNorm, RMSNorm
+from megatron_mm.parallel.norms import NORMS, HeadNorm
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
 
 class ResidualAdd(nn.Module):
-    """`residual + dropout(norm(x))`, in megatron-core's bias-dropout-add slot; the norm only in `swin` placement."""
+    """`residual + dropout(norm(x + bias))`, in megatron-core's bias-dropout-add slot; the norm is there only in `swin`
+    placement, the bias only with `add_bias_linear`."""
 
     def __init__(self, config: TrunkTransformerConfig):
         super().__init__()
-        swin = config.norm_placement == "swin"
-        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if swin else IdentityOp()
+        norm = NORMS[config.normalization] if config.norm_placement == "swin" else IdentityOp
+        self.norm = norm(config, config.hidden_size, config.layernorm_epsilon)
         self.add_dropped = compiled(add_dropped) if config.compiled_elementwise else add_dropped
         self.token_hash: torch.Tensor | None = None
 
     def forward(self, training: bool, fused: bool):
-        def add(x_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, p: float) -> torch.Tensor:
-            x = self.norm(x_with_bias[0])
+        def add(
+            x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, p: float
+        ) -> torch.Tensor:
+            x, bias = x_with_bias
+            x = self.norm(x if bias is None else x + bias)
             if training and p > 0.0:
                 return self.add_dropped(residual, x, p, self.token_hash)
             return residual + x
@@ -43,7 +48,7 @@ class ResidualAdd(nn.Module):
 
 class RotarySelfAttention(SelfAttention):
     """megatron-core's self-attention with RoPE by `nn.fusion.rotate`: a function that can be compiled, and cosines and
-    sines that all layers share. `rotary_pos_emb` is a `rotary_table` [S, B, 1, Dh]."""
+    sines that all layers share. `rotary_pos_emb` is a `rotary_table` [S, B, 1, rotary_dim]."""
 
     def __init__(self, config: TrunkTransformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -69,6 +74,10 @@ class PackedTransformerLayer(TransformerLayer):
     """
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
+        self._show_tokens(attention_mask)
+        return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
+
+    def _show_tokens(self, attention_mask: torch.Tensor) -> None:
         if self.training and self.hidden_dropout > 0.0:
             positions, keys = attention_mask[:, 3].t(), attention_mask[:, 4].t()  # [S, B]
             if self.config.sequence_parallel:
@@ -77,16 +86,37 @@ class PackedTransformerLayer(TransformerLayer):
             salt = self.config.dropout_seed * 2 * self.config.num_layers + 2 * self.layer_number
             self.self_attn_bda.token_hash = hash_tokens(keys, positions, salt)
             self.mlp_bda.token_hash = hash_tokens(keys, positions, salt + 1)
-        return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+class ParallelBlockLayer(PackedTransformerLayer):
+    """Attention and feed-forward side by side, behind one norm, each with its own dropout."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        rotary_pos_emb: torch.Tensor,
+        packed_seq_params: SpreadAttention | None = None,
+        **_unused,
+    ) -> tuple[torch.Tensor, None]:
+        self._show_tokens(attention_mask)
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attention(
+            normed, attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
+        )
+        fused = self.config.bias_dropout_fusion
+        hidden_states = self.self_attn_bda(self.training, fused)(attended, hidden_states, self.hidden_dropout)
+        return self.mlp_bda(self.training, fused)(self.mlp(normed), hidden_states, self.hidden_dropout), None
 
 
 def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
     """Specs of this stage's layers and of the final norm."""
     head_norm = lambda heads: ModuleSpec(module=HeadNorm, params={"heads": heads}) if config.head_norm else None  # noqa: E731
-    pre_norm = RMSNorm if config.norm_placement == "pre" else IdentityOp
+    norm = NORMS[config.normalization]
+    pre_norm = norm if config.norm_placement == "pre" else IdentityOp
     residual = ModuleSpec(module=ResidualAdd, params={"config": config})
     layer = ModuleSpec(
-        module=PackedTransformerLayer,
+        module=ParallelBlockLayer if config.parallel_block else PackedTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=pre_norm,
             self_attention=ModuleSpec(
@@ -100,7 +130,7 @@ def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> Transfo
                 ),
             ),
             self_attn_bda=residual,
-            pre_mlp_layernorm=pre_norm,
+            pre_mlp_layernorm=IdentityOp if config.parallel_block else pre_norm,
             mlp=ModuleSpec(
                 module=BlockwiseMLP if config.feed_forward_block else MLP,
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
@@ -108,4 +138,4 @@ def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> Transfo
             mlp_bda=residual,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)

@@ -36,7 +36,7 @@ class StageModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.vp_stage = virtual_stage
         self.terms = tuple(term.name for term in family.terms)
-        self.rotary_base = family.trunk.rotary_base
+        self.rotary_dim, self.rotary_base = family.trunk.rotary_dim, family.trunk.rotary_base
         ops = MegatronOps(config)
         options = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
         self.front = family.build_front(ops).to(**options) if first else None
@@ -86,9 +86,9 @@ class StageModel(MegatronModule):
         return x
 
     def _rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
-        """`rotary_table` [S, B, 1, head_dim] of positions [B, S]."""
+        """`rotary_table` [S, B, 1, rotary_dim] of positions [B, S]."""
         precise = torch.promote_types(self.config.params_dtype, torch.float32)
-        return rotary_table(positions.t(), self.config.kv_channels, self.rotary_base, precise).unsqueeze(2)
+        return rotary_table(positions.t(), self.rotary_dim, self.rotary_base, precise).unsqueeze(2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Sharded tensors under layout-free names: `front.*`, `decoder.layers.<global number>.*`, `back.*`."""

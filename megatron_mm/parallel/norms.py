@@ -24,6 +24,18 @@ class RMSNorm(nn.RMSNorm):
         return liger_rms_norm(x, self.weight, self.eps) if self.liger else super().forward(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the hidden size; its weight and bias are replicated and marked as `RMSNorm`'s weight is."""
+
+    def __init__(self, config: TrunkTransformerConfig, hidden_size: int, eps: float):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
+
+
+NORMS: dict[str, type[nn.Module]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+"""By the names of `model.trunk.normalization`."""
+
+
 class HeadNorm(nn.Module):
     """LayerNorm over head_dim with a weight and bias for each head, sharded over TP with the heads (Chameleon).
 

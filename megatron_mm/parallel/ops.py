@@ -36,8 +36,8 @@ class MegatronOps:
             padded_vocab_size(vocab_size), hidden_size, init_method=self._config.init_method, config=self._config
         )
 
-    def vocab_head(self, hidden_size: int, vocab_size: int) -> VocabParallelHead:
-        return VocabParallelHead(self._config, hidden_size, vocab_size)
+    def vocab_head(self, hidden_size: int, vocab_size: int, bias: bool = False) -> VocabParallelHead:
+        return VocabParallelHead(self._config, hidden_size, vocab_size, bias)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return gather_from_tensor_model_parallel_region(logits)
@@ -46,9 +46,9 @@ class MegatronOps:
 class VocabParallelHead(ColumnParallelLinear):
     """Output layer whose padding entries never take part: their logits are the dtype's lowest value."""
 
-    def __init__(self, config: TrunkTransformerConfig, hidden_size: int, vocab_size: int):
+    def __init__(self, config: TrunkTransformerConfig, hidden_size: int, vocab_size: int, bias: bool):
         super().__init__(
-            hidden_size, padded_vocab_size(vocab_size), config=config, init_method=config.init_method, bias=False
+            hidden_size, padded_vocab_size(vocab_size), config=config, init_method=config.init_method, bias=bias
         )
         self._vocab_size = vocab_size
 
@@ -59,7 +59,9 @@ class VocabParallelHead(ColumnParallelLinear):
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None):
         """The logits, or with labels what `cross_entropy` returns."""
         if labels is not None:
-            return vocab_parallel_linear_cross_entropy(hidden, self.weight, labels, self._vocab_size, self.tp_group)
+            return vocab_parallel_linear_cross_entropy(
+                hidden, self.weight, labels, self._vocab_size, self.tp_group, bias=self.bias
+            )
         logits, _ = super().forward(hidden)
         real = self._vocab_size - self.tp_group.rank() * logits.shape[-1]
         if real < logits.shape[-1]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.config.schema import FusionConfig, ParallelConfig, TrainConfig
+from megatron_mm.nn.fusion import feed_forward_activation
 
 EAGER = FusionConfig("eager", "torch")
 
@@ -19,6 +19,7 @@ class TrunkTransformerConfig(TransformerConfig):
     """megatron-core's config plus what our layers need. Not frozen, since megatron-core writes to it."""
 
     norm_placement: str = "pre"
+    parallel_block: bool = False
     head_norm: bool = False
     """Per-head QK LayerNorm. Not megatron-core's `qk_layernorm`, which would sum its gradients over TP ranks."""
     dropout_seed: int = 0
@@ -39,6 +40,8 @@ def transformer_config(
 ) -> TrunkTransformerConfig:
     """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose."""
     full = parallel.recompute_granularity == "full"
+    compiled = fusion.elementwise == "compile"
+    activation, fused = feed_forward_activation(trunk, compiled)
     return TrunkTransformerConfig(
         num_layers=trunk.num_layers,
         hidden_size=trunk.hidden_size,
@@ -46,19 +49,21 @@ def transformer_config(
         num_query_groups=trunk.kv_heads,
         kv_channels=trunk.head_dim,
         ffn_hidden_size=trunk.ffn_size,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        normalization="RMSNorm",
+        gated_linear_unit=trunk.activation == "swiglu",
+        activation_func=activation,
+        bias_activation_fusion=fused,
+        add_bias_linear=trunk.add_bias_linear,
+        normalization=trunk.normalization,
         layernorm_epsilon=trunk.layernorm_epsilon,
         hidden_dropout=trunk.hidden_dropout,
         attention_dropout=0.0,
         norm_placement=trunk.norm_placement,
+        parallel_block=trunk.parallel_block,
         head_norm=trunk.qk_layernorm,
         dropout_seed=train.seed,
         attention_backend_name=attention_backend,
         hides_keys=hides_keys,
-        compiled_elementwise=fusion.elementwise == "compile",
+        compiled_elementwise=compiled,
         liger_rms_norm=fusion.rms_norm == "liger",
         feed_forward_block=parallel.feed_forward_block,
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
@@ -86,7 +91,6 @@ def transformer_config(
         variable_seq_lengths=False,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=fusion.elementwise == "compile",  # SwiGLU, by torch.compile
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

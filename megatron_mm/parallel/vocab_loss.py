@@ -17,6 +17,7 @@ def vocab_parallel_linear_cross_entropy(
     vocab_size: int,
     group: dist.ProcessGroup,
     chunk: int | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cross-entropy, log Z) as `linear_cross_entropy` defines them, equal on every rank of `group`.
 
@@ -29,6 +30,7 @@ def vocab_parallel_linear_cross_entropy(
         labels: int64 [...], the same on every rank.
         vocab_size: entries of the whole vocabulary; rows beyond it are padding.
         chunk: tokens whose logits exist at a time; see `linear_cross_entropy`.
+        bias: [V / TP], this rank's part of the head's, if it has one.
 
     Raises:
         ValueError: on a CPU, a label that is not in the vocabulary; on CUDA it makes the loss and its gradients NaN.
@@ -41,6 +43,7 @@ def vocab_parallel_linear_cross_entropy(
         first=group.rank() * len(weight),
         merge=partial(_merge_shards, group=group) if group.size() > 1 else None,
         chunk=chunk,
+        bias=bias,
     )
 
 

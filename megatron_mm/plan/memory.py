@@ -33,14 +33,12 @@ class Memory:
 
 
 def parameters(config: Config, vocab_size: int) -> tuple[float, float]:
-    """(weights of one rank at most, weights of the whole trunk with embedding and head)."""
+    """(weights of one rank at most, weights of the whole trunk with embedding and head), without norms and biases."""
     trunk, parallel = config.model.trunk, config.parallel
-    width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
-    layer = 2 * width * width + 2 * width * kv + 3 * width * trunk.ffn_size
-    embedding = vocab_size * width
-    stage = trunk.num_layers / parallel.pipeline_model_parallel_size * layer
+    embedding = vocab_size * trunk.hidden_size
+    stage = trunk.num_layers / parallel.pipeline_model_parallel_size * trunk.layer_weights
     ends = embedding * (2 if parallel.pipeline_model_parallel_size == 1 else 1)
-    return (stage + ends) / parallel.tensor_model_parallel_size, trunk.num_layers * layer + 2 * embedding
+    return (stage + ends) / parallel.tensor_model_parallel_size, trunk.num_layers * trunk.layer_weights + 2 * embedding
 
 
 def estimate(config: Config, vocab_size: int, world_size: int) -> Memory:
@@ -73,16 +71,18 @@ def layer_input(config: Config) -> float:
 
 
 def layer_activations(config: Config) -> float:
-    """Numbers a token that a layer keeps without recomputation, by fused parts: inputs and outputs of both norms;
-    queries, keys and values before and after RoPE; attention's output; the feed-forward's two inner activations."""
+    """Numbers a token that a layer keeps without recomputation, by fused parts: inputs and outputs of its norms
+    (one in a parallel block); queries, keys and values before and after RoPE; attention's output; what lies between the
+    feed-forward's matrices, before and behind the activation."""
     trunk, parallel = config.model.trunk, config.parallel
     width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
     sharded = (width + 2 * kv) + (width + kv) + width
     if parallel.context_parallel_size > 1:
         sharded += 2 * kv  # keys and values side by side, as they travel
     if parallel.feed_forward_block is None:
-        sharded += 3 * trunk.ffn_size
-    return 4 * layer_input(config) + sharded / parallel.tensor_model_parallel_size
+        sharded += trunk.ffn_matrices * trunk.ffn_size
+    norms = 1 if trunk.parallel_block else 2
+    return 2 * norms * layer_input(config) + sharded / parallel.tensor_model_parallel_size
 
 
 def _layer_at_work(config: Config) -> float:
@@ -98,5 +98,5 @@ def _layer_at_work(config: Config) -> float:
         bytes_ += (travelling + sums) / tp
     if parallel.feed_forward_block is not None:
         part = config.data.seq_length / parallel.context_parallel_size
-        bytes_ += 6 * trunk.ffn_size * element / tp * min(parallel.feed_forward_block / part, 1)
+        bytes_ += 2 * trunk.ffn_matrices * trunk.ffn_size * element / tp * min(parallel.feed_forward_block / part, 1)
     return bytes_

@@ -56,10 +56,8 @@ def step_time(
     prediction, way, needed = _attention(config, mask, work, hardware)
     assignment = needed.assignment
     layer = repeated * prediction.forward + prediction.backward
-    width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
-    weights = trunk.num_layers * (2 * width * width + 2 * width * kv + 3 * width * trunk.ffn_size)
     passes = 4 if parallel.recompute_granularity == "full" else 3
-    flops = 2 * passes * weights + 2 * 4 * width * vocab_size
+    flops = 2 * passes * trunk.num_layers * trunk.layer_weights + 2 * 4 * trunk.hidden_size * vocab_size
     loads = chunk_areas(mask, assignment.chunk_size)[assignment.chunks].sum(1)
     counts = needed.counts()
     foreign = counts.sum(1) - np.diagonal(counts)

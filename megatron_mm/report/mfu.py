@@ -24,9 +24,6 @@ def peak_flops(device: torch.device) -> float | None:
 
 def trunk_flops(trunk: TrunkConfig, vocab_size: int, tokens: int, pairs: int) -> float:
     """FLOPs of forward and backward of `tokens` tokens with `pairs` allowed query-key pairs, trunk and head."""
-    width = trunk.head_dim
-    attention = trunk.hidden_size * width * (2 * trunk.num_attention_heads + 2 * trunk.kv_heads)
-    weights = trunk.num_layers * (attention + 3 * trunk.hidden_size * trunk.ffn_size)
-    weights += trunk.hidden_size * vocab_size
-    scores = 4 * width * trunk.num_attention_heads * trunk.num_layers
+    weights = trunk.num_layers * trunk.layer_weights + trunk.hidden_size * vocab_size
+    scores = 4 * trunk.head_dim * trunk.num_attention_heads * trunk.num_layers
     return 6 * weights * tokens + 3.5 * scores * pairs

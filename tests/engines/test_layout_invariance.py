@@ -126,6 +126,20 @@ def test_unet_patches(name, shards, tmp_path, baseline):
     assert_same_curve(steps, baseline("transfusion_unet", "fp32"), 1e-5, 1e-4, iterations_of(name))
 
 
+@pytest.mark.parametrize("family", [pytest.param("transfusion_phi", marks=pytest.mark.slow), "chameleon_phi"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, "fp64") for name in ("tp2_sp", "pp2_interleaved", "cp2_ring", "recompute_full", "feed_forward_blocks")]
+    + [("dp2_overlap", "fp32")],
+)
+def test_phi_trunk(name, precision, family, shards, tmp_path, baseline):
+    """Norms and biases with more to sum over ranks, and a block with one norm; a few iterations show them."""
+    world_size, overrides = LAYOUTS[name]
+    overrides = [*overrides, *(FP64 if precision == "fp64" else []), "train.exit_interval=5"]
+    steps = run_training(overrides_for(family, shards, tmp_path, *overrides), world_size)
+    assert_same_curve(steps, baseline(family, precision), *((1e-9, 1e-9) if precision == "fp64" else (1e-5, 1e-4)), 5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_curve_depends_on_what_it_should(family, shards, tmp_path, baseline):

@@ -80,7 +80,19 @@ def test_variants_that_we_do_not_have_are_refused(tmp_path, changes, message):
         overrides_from_hf(written(tmp_path) | changes)
 
 
-@pytest.mark.parametrize("override", ["model.trunk.qk_layernorm=false", "model.trunk.layernorm_epsilon=1e-6"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.trunk.qk_layernorm=false",
+        "model.trunk.layernorm_epsilon=1e-6",
+        "model.trunk.normalization=LayerNorm",
+        "model.trunk.activation=gelu",
+        "model.trunk.add_bias_linear=true",
+        "model.trunk.parallel_block=true",
+        "model.trunk.rotary_percent=0.5",
+        "model.trunk.head_bias=true",
+    ],
+)
 def test_a_model_that_hugging_face_cannot_hold_is_refused(override):
     ours = compose(["model=chameleon_tiny", "run.name=test", "data.path=none", override]).model
     with pytest.raises(ValueError, match="cannot be converted"):

@@ -23,8 +23,8 @@ def problem(dtype=torch.float64):
     return hidden, weight, labels.to(DEVICE)
 
 
-def torchs_losses(hidden, weight, labels):
-    logits = F.linear(hidden, weight[:REAL])
+def torchs_losses(hidden, weight, labels, bias=None):
+    logits = F.linear(hidden, weight[:REAL], bias)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     return cross_entropy, logits.logsumexp(-1).masked_fill(labels == IGNORE, 0.0)
 
@@ -48,6 +48,35 @@ def test_losses_and_gradients_are_torchs(chunk):
     ignored = labels == IGNORE
     assert all((loss[ignored] == 0).all() for loss in ours)
     assert (grads[0].transpose(0, 1)[ignored] == 0).all() and (grads[1][REAL:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_a_bias_is_torchs(chunk):
+    """With its gradient, in the last chunk's fewer rows too, and exactly none for padding."""
+    hidden, weight, labels = problem()
+    bias = (3 * torch.randn(ENTRIES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).to(DEVICE)
+    inputs = (hidden, weight, bias.requires_grad_())
+    rows = hidden.transpose(0, 1)
+    ours = linear_cross_entropy(rows, weight, labels, vocab_size=REAL, chunk=chunk, bias=bias)
+    theirs = torchs_losses(rows, weight, labels, bias[:REAL])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    grads = gradients(ours, inputs)
+    torch.testing.assert_close(grads, gradients(theirs, inputs), rtol=1e-12, atol=1e-12)
+    assert (grads[2][REAL:] == 0).all() and (grads[2][:REAL] != 0).all()
+    frozen = linear_cross_entropy(rows, weight, labels, vocab_size=REAL, chunk=chunk, bias=bias.detach())
+    torch.testing.assert_close(gradients(frozen, inputs[:2]), grads[:2], rtol=0, atol=0)
+
+
+def test_a_bf16_biass_gradient_is_summed_in_fp32():
+    """512 like tokens, one a chunk, as below."""
+    hidden = torch.zeros(512, WIDTH, dtype=torch.bfloat16, device=DEVICE)
+    weight, bias = (torch.zeros(n, dtype=torch.bfloat16, device=DEVICE) for n in ((ENTRIES, WIDTH), (ENTRIES,)))
+    labels = torch.zeros(512, dtype=torch.int64, device=DEVICE)
+    cross_entropy, _ = linear_cross_entropy(hidden, weight, labels, chunk=1, bias=bias.requires_grad_())
+    cross_entropy.sum().backward()
+    expected = 512 * (1 / ENTRIES - F.one_hot(torch.tensor(0), ENTRIES).double())
+    assert bias.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(bias.grad.double().cpu(), expected, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -101,6 +130,8 @@ def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, labels = problem()
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(hidden, weight, labels)
+    with pytest.raises(ValueError, match=r"bias \[39\] does not fit weight \[40, 16\]"):
+        linear_cross_entropy(hidden.transpose(0, 1), weight, labels, bias=weight[1:, 0])
     with pytest.raises(ValueError, match="vocab_size=41 exceeds the weight's 40 rows"):
         linear_cross_entropy(hidden.transpose(0, 1), weight, labels, vocab_size=41)
 

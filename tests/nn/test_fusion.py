@@ -3,14 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import config as inductor
 
+from megatron_mm.config.model import TrunkConfig
 from megatron_mm.config.schema import FusionConfig
 from megatron_mm.nn.dropout import hash_tokens
-from megatron_mm.nn.fusion import add_dropped, compiled, liger_rms_norm, norm_heads, rotary_table, rotate, select
+from megatron_mm.nn.fusion import (
+    add_dropped,
+    compiled,
+    feed_forward_activation,
+    gelu_tanh,
+    liger_rms_norm,
+    norm_heads,
+    rotary_table,
+    rotate,
+    select,
+)
 
 S, B, H, D = 48, 2, 3, 16
 
@@ -30,6 +42,7 @@ def cases(dtype=torch.float64, device="cpu") -> dict:
     return {
         # A head's queries as megatron-core cuts them: a view into the mixed projection.
         "rotate": (rotate, [draw(S, B, H, 3 * D)[..., :D]], [table]),
+        "rotate_in_part": (rotate, [draw(S, B, H, 3 * D)[..., : 2 * D]], [table]),
         "norm_heads": (norm_heads, [draw(S, B, H, D), 1 + draw(H, D), draw(H, D)], [1e-5]),
         "add_dropped": (
             add_dropped, [draw(S, B, 4 * D), draw(S, B, 4 * D)], [0.3, hash_tokens(keys, positions.int(), 12345)]
@@ -63,6 +76,12 @@ def test_rotate_is_megatron_cores():
     assert_same(results(rotate, [x], [table]), theirs, 1e-14)
 
 
+def test_channels_beyond_the_table_pass_through():
+    _, [x], [table] = cases()["rotate_in_part"]
+    out = rotate(x, table)
+    assert torch.equal(out[..., D:], x[..., D:]) and torch.equal(out[..., :D], rotate(x[..., :D], table))
+
+
 def test_a_rotation_by_half_precision_loses_one_rounding_only():
     """The table stays in fp32: bf16 cosines would cost several units in the last place."""
     _, [x], [table] = cases(torch.bfloat16)["rotate"]
@@ -76,6 +95,22 @@ def test_swiglu_is_megatron_cores():
     with torch.compiler.set_stance("force_eager"):
         ours = results(lambda x: bias_swiglu_impl(x, None), leaves, [])
     assert_same(ours, results(function, leaves, []), 1e-14)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_gelu_is_the_tanh_approximation_whoever_computes_it(biases, compiled):
+    """megatron-core's plain path calls the function; its fused one goes by the function's name, and has 8 digits."""
+    trunk = TrunkConfig(activation="gelu", add_bias_linear=biases)
+    function, fused = feed_forward_activation(trunk, compiled)
+    assert fused == (biases and compiled)
+    _, leaves, _ = cases()["swiglu"]
+    bias = torch.linspace(-1, 1, leaves[0].shape[-1], dtype=torch.float64)
+    new = lambda x, b: 0.5 * (x + b) * (1 + torch.tanh((2 / torch.pi) ** 0.5 * ((x + b) + 0.044715 * (x + b) ** 3)))  # noqa: E731
+    with torch.compiler.set_stance("force_eager"):
+        ours = results(bias_gelu_impl if fused else lambda x, b: function(x + b), [*leaves, bias], [])
+    assert function is F.gelu if fused else function is gelu_tanh
+    assert_same(ours, results(new, [*leaves, bias], []), 1e-8 if fused else 1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,18 @@ TRUNK = TrunkConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_que
 MODELS = {
     "chameleon": ChameleonConfig(trunk=TRUNK, image_codes=16),
     "swin": ChameleonConfig(trunk=replace(TRUNK, norm_placement="swin"), image_codes=16),
+    "phi": ChameleonConfig(
+        trunk=replace(
+            TRUNK,
+            normalization="LayerNorm",
+            activation="gelu",
+            add_bias_linear=True,
+            parallel_block=True,
+            head_bias=True,
+        ),
+        image_codes=16,
+    ),
+    "biased_swiglu": ChameleonConfig(trunk=replace(TRUNK, add_bias_linear=True), image_codes=16),
     "transfusion": TransfusionConfig(trunk=TRUNK, image=ImageConfig(height=8, width=8), patch_codec="unet"),
 }
 CPU = torch.device("cpu")
@@ -51,9 +63,10 @@ def test_every_layout_has_the_same_weights(whole, name, parallel):
         assert torch.equal(ours[key], weight), key
 
 
-def test_weights_follow_their_rule(whole):
-    for key, weight in whole["chameleon"].items():
-        if "layernorm" in key:
+@pytest.mark.parametrize("name", ["chameleon", "phi"])
+def test_weights_follow_their_rule(whole, name):
+    for key, weight in whole[name].items():
+        if key.endswith("bias") or "layernorm" in key:
             assert (weight == (0 if key.endswith("bias") else 1)).all(), key
             continue
         std = 0.02 / math.sqrt(2 * 4) if key.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0.02

@@ -39,51 +39,65 @@ def torchs_losses(logits, labels):
     return cross_entropy, logits.logsumexp(-1).masked_fill(labels == IGNORE, 0.0)
 
 
-def sharded_losses(init, tp, vocab, chunk):
-    """This rank's (cross-entropy, log Z, gradient of all hidden states, gradient of its share of the weight)."""
+def bias_of_the_problem():
+    return 5 * torch.randn(PADDED, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def sharded_losses(init, tp, vocab, chunk, biased):
+    """This rank's (cross-entropy, log Z, gradient of all hidden states, gradients of its share of weight and bias)."""
     with process_groups(ParallelConfig(tensor_model_parallel_size=tp), 0, torch.device("cpu"), **init) as layout:
         hidden, weight, labels, weights = problem(vocab)
         hidden.requires_grad_()
         share = weight.chunk(tp)[layout.tp_rank].clone().requires_grad_()
         group = mpu.get_tensor_model_parallel_group()
-        losses = vocab_parallel_linear_cross_entropy(hidden, share, labels, vocab, group, chunk)
+        bias = bias_of_the_problem().chunk(tp)[layout.tp_rank].clone().requires_grad_() if biased else None
+        losses = vocab_parallel_linear_cross_entropy(hidden, share, labels, vocab, group, chunk, bias)
         total(losses, weights).backward()
-        return *(loss.detach() for loss in losses), hidden.grad, share.grad
+        return *(loss.detach() for loss in losses), hidden.grad, share.grad, bias.grad if biased else None
 
 
-@pytest.mark.parametrize(("vocab", "chunk"), [(VOCAB, None), (VOCAB, 5), (5, 1)])
+@pytest.mark.parametrize(
+    ("vocab", "chunk", "biased"),
+    [(VOCAB, None, False), (VOCAB, 5, False), (5, 1, False), (VOCAB, 5, True), (5, 1, True)],
+)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_losses_and_gradients_are_exact(tp, vocab, chunk):
+def test_losses_and_gradients_are_exact(tp, vocab, chunk, biased):
     """With 5 entries two or three of four shards are nothing but padding."""
     hidden, weight, labels, weights = problem(vocab)
     hidden.requires_grad_(), weight.requires_grad_()
-    theirs = torchs_losses(hidden @ weight[:vocab].T, labels)
+    bias = bias_of_the_problem().requires_grad_() if biased else torch.zeros(PADDED)
+    theirs = torchs_losses(hidden @ weight[:vocab].T + bias[:vocab], labels)
     total(theirs, weights).backward()
 
-    results = run_ranks(sharded_losses, tp, tp, vocab, chunk)
-    for cross_entropy, log_z, hidden_grad, _ in results:
+    results = run_ranks(sharded_losses, tp, tp, vocab, chunk, biased)
+    for cross_entropy, log_z, hidden_grad, *_ in results:
         torch.testing.assert_close((cross_entropy, log_z), theirs, rtol=1e-12, atol=1e-12)
         assert (cross_entropy[labels == IGNORE] == 0).all() and (log_z[labels == IGNORE] == 0).all()
         torch.testing.assert_close(hidden_grad, hidden.grad, rtol=1e-12, atol=1e-12)
         assert (hidden_grad[labels == IGNORE] == 0).all()
-    weight_grad = torch.cat([share for *_, share in results])
+    weight_grad = torch.cat([share for *_, share, _ in results])
     torch.testing.assert_close(weight_grad, weight.grad, rtol=1e-12, atol=1e-12)
     assert (weight_grad[vocab:] == 0).all()
+    if biased:
+        bias_grad = torch.cat([share for *_, share in results])
+        torch.testing.assert_close(bias_grad, bias.grad, rtol=1e-12, atol=1e-12)
+        assert (bias_grad[vocab:] == 0).all()
 
 
-def head_of(tp):
+def head_of(tp, bias=False):
     parallel = ParallelConfig(tensor_model_parallel_size=tp)
     ops = MegatronOps(transformer_config(TrunkConfig(), parallel, TrainConfig(), "reference"))
-    return ops, ops.vocab_head(HIDDEN, VOCAB)
+    return ops, ops.vocab_head(HIDDEN, VOCAB, bias)
 
 
-def head_losses(init, tp):
+def head_losses(init, tp, bias):
     """All logits, the losses, how often the head's hooks ran for losses, and the error of a label in the padding."""
     with process_groups(ParallelConfig(tensor_model_parallel_size=tp), 0, torch.device("cpu"), **init):
-        ops, head = head_of(tp)
+        ops, head = head_of(tp, bias)
         hidden, _, labels, _ = problem()
         generator = torch.Generator().manual_seed(mpu.get_tensor_model_parallel_rank())
-        torch.nn.init.normal_(head.weight, generator=generator)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
         logits = ops.gather_logits(head(hidden.float()))
         calls = []
         head.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -94,10 +108,11 @@ def head_losses(init, tp):
         return logits.detach(), [loss.detach() for loss in losses], len(calls), str(error.value)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_heads_losses_are_those_of_its_logits(tp):
+def test_the_heads_losses_are_those_of_its_logits(tp, bias):
     """And they run its hooks, in which megatron-core's DDP awaits a weight that is still being gathered."""
-    for logits, losses, calls, error in run_ranks(head_losses, tp, tp):
+    for logits, losses, calls, error in run_ranks(head_losses, tp, tp, bias):
         theirs = torchs_losses(logits[..., :VOCAB], problem()[2])
         torch.testing.assert_close(tuple(losses), theirs)
         assert calls == 2 and "A label is 21, but the vocabulary has 21 entries" in error

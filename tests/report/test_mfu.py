@@ -25,6 +25,14 @@ def test_grouped_queries_shrink_keys_and_values_only():
     assert trunk_flops(trunk, vocab_size=10, tokens=0, pairs=1) == 3.5 * 4 * 8
 
 
+def test_gelu_has_two_matrices_and_phi_six_flops_a_weight():
+    trunk = TrunkConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, activation="gelu")
+    assert trunk_flops(trunk, vocab_size=10, tokens=1, pairs=0) == 6 * (4 * 64 + 2 * 128 + 80)
+    phi = TrunkConfig(num_layers=24, hidden_size=2048, num_attention_heads=32, activation="gelu")
+    # 1.418e9 parameters, less the embedding table, biases and norms.
+    assert trunk_flops(phi, 51200, 1, 0) == pytest.approx(6 * (1.418e9 - 51200 * 2048), rel=1e-3)
+
+
 def test_llama_7b_is_six_flops_a_weight():
     trunk = TrunkConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008)
     # 6.738e9 parameters, less the embedding table (no product) and the norms.
