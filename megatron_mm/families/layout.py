@@ -23,11 +23,11 @@ class Arrangement:
 def arrange(sample: Sample, streams: Streams, caption_first: float, condition_dropout: float) -> Arrangement:
     """Draw the order of a pair (exactly one text and one image), and whether a leading caption is left out.
 
-    Other documents keep their own order.
+    Other documents, and those that begin with a prompt, keep their own order.
     """
     texts = [segment for segment in sample.segments if isinstance(segment, TextSegment)]
     images = [segment for segment in sample.segments if isinstance(segment, ImageSegment)]
-    if len(texts) != 1 or len(images) != 1:
+    if len(texts) != 1 or len(images) != 1 or prompt_segments(sample):
         return Arrangement(sample.segments)
     if streams.generator("order").random() >= caption_first:
         return Arrangement((images[0], texts[0]), image_first=True)
@@ -38,15 +38,39 @@ def arrange(sample: Sample, streams: Streams, caption_first: float, condition_dr
 
 def task_of(sample: Sample, streams: Streams, generation_share: float) -> str:
     """What a sample teaches: `text` (there is no image), `understanding` or `generation` (a pair of one text and one
-    image; drawn where the sample does not say), or `interleaved` (any other document)."""
-    images = sum(isinstance(segment, ImageSegment) for segment in sample.segments)
+    image; drawn where the sample does not say), or `interleaved` (any other document). An image whose question is given
+    teaches understanding too."""
+    images = [number for number, segment in enumerate(sample.segments) if isinstance(segment, ImageSegment)]
     if not images:
         return "text"
-    if images != 1 or len(sample.segments) != 2:
+    if prompt_segments(sample):
+        return "understanding" if images == [0] else "interleaved"
+    if len(images) != 1 or len(sample.segments) != 2:
         return "interleaved"
     if sample.task != "auto":
         return sample.task
     return "generation" if streams.generator("task").random() < generation_share else "understanding"
+
+
+def prompt_segments(sample: Sample) -> int:
+    """How many leading segments of a sample are given and have no loss: `prompt_segments` of its meta data.
+
+    Raises:
+        ValueError: it is no whole number, or leaves no segment to learn.
+    """
+    count = sample.meta.get("prompt_segments", 0)
+    if type(count) is not int or not 0 <= count < max(len(sample.segments), 1):
+        raise ValueError(
+            f"Sample {sample.key!r} has prompt_segments={count!r} in its meta data: it must be a whole number that "
+            f"leaves at least one of its {len(sample.segments)} segments to learn."
+        )
+    return count
+
+
+def prompt_end(sample: Sample, sequence: Callable[[tuple[Segment, ...]], np.ndarray]) -> int:
+    """Where what is given ends: its position in the sample's tokens. `sequence` makes tokens, EOS included."""
+    count = prompt_segments(sample)
+    return len(sequence(sample.segments[:count])) - 1 if count else 0
 
 
 def drop_condition(

@@ -65,7 +65,7 @@ class MaskedFamily:
 
     def positions(self, text_tokens: int, texts: int, images: int) -> int:
         """Those of a document that leaves nothing out."""
-        names_task = images == 1 and texts == 1
+        names_task = images == 1
         return 2 + names_task + text_tokens + images * (2 + self.image.height * self.image.width)
 
     def count(self, terms: torch.Tensor) -> dict[str, int]:
