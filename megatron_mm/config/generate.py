@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mm.config.arguments import read_yaml, split, with_values
 from megatron_mm.config.compose import ConfigError
 from megatron_mm.config.fields import choice
+from megatron_mm.config.schema import ParallelConfig
 
 MODES = ("text_to_image", "image_to_text", "interleaved")
 
@@ -45,10 +46,21 @@ class GenerateConfig(SamplingConfig):
     """One text, [a list, of texts], or @FILE with a text a line."""
     image: str | None = None
     """Picture that leads every prompt."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer; with the next the number of processes (torchrun)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
     out: str = "samples"
     """Folder for the PNGs, samples.jsonl and index.html."""
     mode: str = choice("auto", *MODES)
     """`auto`: a prompt alone becomes an image, an image (and its prompt) is continued as text."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )
 
     @property
     def effective_mode(self) -> str:

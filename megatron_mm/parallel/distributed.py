@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -103,3 +104,26 @@ def single_process(device: torch.device) -> Iterator[Layout]:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         with process_groups(ParallelConfig(), 0, device, **alone) as layout:
             yield layout
+
+
+def model_ranks(config: ParallelConfig, device: torch.device) -> AbstractContextManager:
+    """A job of as many processes as one replica of the model takes; those of a job that is under way must be these.
+
+    Raises:
+        ValueError: there are fewer or more processes.
+    """
+    needed = config.model_parallel_size
+    if needed == 1:
+        return single_process(device)
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if world != needed:
+        raise ValueError(
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{config.pipeline_model_parallel_size} takes {needed} processes, but there are {world}: start as many "
+            "with torchrun --nproc-per-node, or change one of the two."
+        )
+    return contextlib.nullcontext() if dist.is_initialized() else process_groups(config, 0, device)
+
+
+def is_first_rank() -> bool:
+    return dist.get_rank() == 0
