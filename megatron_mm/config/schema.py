@@ -135,7 +135,7 @@ class AttentionConfig:
 @dataclass(frozen=True)
 class FusionConfig:
     elementwise: str = choice("auto", "eager", "compile")
-    """RoPE, SwiGLU, head norms, and dropout with its residual: `compile` makes one kernel of each by torch.compile.
-    `auto` does so on CUDA."""
+    """RoPE, SwiGLU or GELU behind a bias, head norms, and dropout with its residual: `compile` makes one kernel of each
+    by torch.compile. `auto` does so on CUDA."""
     rms_norm: str = choice("torch", "liger")
-    """Torch's own kernel (fused on CUDA), or Liger's."""
+    """Torch's own kernel (fused on CUDA), or Liger's. LayerNorm is always torch's."""
