@@ -57,7 +57,7 @@ class SamplingModel:
         if "config" not in common:
             raise CheckpointError(f"{path} does not hold its configuration: use one that megatron_mm.train wrote.")
         config = from_dict_config(OmegaConf.create(common["config"]))
-        config = replace(config, parallel=parallel or ParallelConfig())
+        config = replace(config, parallel=replace(parallel or ParallelConfig(), use_distributed_optimizer=False))
         validate(config, config.parallel.model_parallel_size)
         device = device or pick_device()
         with model_ranks(config.parallel, device):

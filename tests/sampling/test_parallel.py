@@ -69,9 +69,12 @@ def test_ranks_change_nothing(family, folder, tmp_path):
 
 
 def refuse(init_kwargs, folder, parallel):
-    with process_groups(ParallelConfig(), 0, CPU, **init_kwargs), pytest.raises(ValueError) as raised:
-        with SamplingModel.load(folder, CPU, parallel):
-            pass
+    with (
+        process_groups(ParallelConfig(), 0, CPU, **init_kwargs),
+        pytest.raises(ValueError) as raised,
+        SamplingModel.load(folder, CPU, parallel),
+    ):
+        pass
     return str(raised.value)
 
 
