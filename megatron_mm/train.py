@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.cli import run
 from megatron_mm.config.compose import Config, to_yaml
+from megatron_mm.config.schema import DataConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.dataset import open_data, write_ledger
 from megatron_mm.data.loader import DataState, Step, StepLoader
@@ -29,7 +30,7 @@ from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
 from megatron_mm.report.plots import plot_losses
-from megatron_mm.run_folder import open_run_folder
+from megatron_mm.run_folder import continues, open_run_folder
 
 
 class StopSignal:
@@ -70,9 +71,9 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     on_first_rank(lambda: bool(data()))  # writes the index, which the other ranks then find
     plan, reader, ledger = data()
     on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
-    resume = on_first_rank(lambda: open_run_folder(config))
-
+    on_first_rank(lambda: continues(config))
     engine = MegatronEngine(config, family, layout, device)
+    resume = on_first_rank(lambda: open_run_folder(config))
     checkpoint = Checkpointer(
         engine, config.checkpoint.save or folder, config.checkpoint.keep, config.checkpoint.async_save
     )
@@ -93,7 +94,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
         write_ledger(folder / "ledger.jsonl", ledger)
         run_config = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
         writer = MetricsWriter(folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters)
-        _announce(writer, config, layout, device, plan, ledger, iteration)
+        _announce(writer, config, layout, device, plan, ledger, iteration, engine.trained_of)
     extra = {"config": to_yaml(config)}
     steps, saved = [], iteration
     last = min(config.train.train_iters, config.train.exit_interval or config.train.train_iters)
@@ -126,7 +127,16 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     return steps
 
 
-def _announce(writer: MetricsWriter, config: Config, layout: Layout, device, plan, ledger, iteration: int) -> None:
+def _announce(
+    writer: MetricsWriter,
+    config: Config,
+    layout: Layout,
+    device,
+    plan,
+    ledger,
+    iteration: int,
+    trained_of: tuple[int, int],
+) -> None:
     writer.say(f"> {config.run.name}: {config.model.family} on {device.type}, {layout.describe()}")
     writer.say(f"> {len(plan.lengths)} documents in {config.data.path}, {len(ledger)} left out (ledger.jsonl)")
     if iteration:

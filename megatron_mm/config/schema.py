@@ -77,6 +77,13 @@ class OptimConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
 
+    trainable: tuple[str, ...] = ()
+    """Patterns (fnmatch) over parameter names `front.*`, `decoder.layers.<n>.*`, `back.*`: only these train; none means
+    all do."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, whatever optim.trainable says."""
+    lr_multipliers: dict[str, float] | None = None
+    """Pattern -> factor on lr and min_lr; the first pattern that matches a parameter counts."""
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.model import TransfusionConfig
+from megatron_mm.config.schema import DataConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
@@ -40,6 +41,9 @@ def out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
         value = getattr(group, field.name)
         if is_dataclass(value):
             yield from out_of_range(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                yield from out_of_range(item, f"{prefix}{field.name}[{i}].") if is_dataclass(item) else ()
         elif expected := _expected(field, value):
             yield f"{prefix}{field.name}={'null' if value is None else value} must be {expected}."
 
@@ -167,6 +171,11 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
     yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
+    for pattern, factor in (optim.lr_multipliers or {}).items():
+        yield (
+            not 0 < factor < math.inf,
+            f"optim.lr_multipliers.{pattern}={factor} must be above 0, and finite; optim.frozen stops training.",
+        )
     yield (
         config.checkpoint.async_save and config.checkpoint.save is None,
         "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
