@@ -13,8 +13,8 @@ from yaml import YAMLError
 from megatron_mm.config.compose import Config, ConfigError, from_dict_config, to_yaml
 from megatron_mm.data.files import replacing
 
-_SAME_ON_RESUME = ("model", "optim", "data.path", "data.tokenizer", "data.seq_length", "data.window", "train.seed",
-                   "train.global_batch_size")  # fmt: skip
+_SAME_ON_RESUME = ("model", "optim", "data.path", "data.sources", "data.blend_by", "data.tokenizer", "data.seq_length",
+                   "data.window", "train.seed", "train.global_batch_size")  # fmt: skip
 """What defines a run. Layout, precision, micro-batches, logging and the like may change on the way; the number of
 iterations too, where it does not set the learning rate's decay."""
 

@@ -138,9 +138,17 @@ def _announce(
     trained_of: tuple[int, int],
 ) -> None:
     writer.say(f"> {config.run.name}: {config.model.family} on {device.type}, {layout.describe()}")
-    writer.say(f"> {len(plan.lengths)} documents in {config.data.path}, {len(ledger)} left out (ledger.jsonl)")
+    writer.say(f"> {len(plan.lengths)} documents in {_sources(config.data)}, {len(ledger)} left out (ledger.jsonl)")
+    writer.say("> trainable: {:,} of {:,} parameters".format(*trained_of))
     if iteration:
         writer.say(f"> resuming after iteration {iteration}")
+
+
+def _sources(data: DataConfig) -> str:
+    """Where the documents come from, with each source's share in percent."""
+    whole = sum(source.weight for source in data.sources)
+    shares = [f"{source.path} ({source.task}, {source.weight / whole:.1%})" for source in data.sources]
+    return f"{', '.join(shares)} of {data.blend_by}" if shares else str(data.path)
 
 
 def _row(config, family, layout, device, iteration: int, step: Step, metrics: StepMetrics, seconds: float) -> dict:

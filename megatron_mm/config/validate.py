@@ -71,6 +71,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
 
+    yield from _source_contradictions(data)
     cut = cp * (tp if parallel.sequence_parallel else 1)
     yield (
         cp > 1 and data.seq_length % cut > 0,
@@ -170,18 +171,32 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
-    yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
     for pattern, factor in (optim.lr_multipliers or {}).items():
         yield (
             not 0 < factor < math.inf,
             f"optim.lr_multipliers.{pattern}={factor} must be above 0, and finite; optim.frozen stops training.",
         )
+    yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
     yield (
         config.checkpoint.async_save and config.checkpoint.save is None,
         "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
     )
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
+
+
+def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        not data.path and not data.sources,
+        "data.path is not set: add data.path=... or data.sources=[...], or choose an experiment=NAME that sets it.",
+    )
+    yield (
+        bool(data.path and data.sources),
+        f"data.path={data.path} and data.sources exclude each other: set data.path=null, or data.sources=[].",
+    )
+    for number, source in enumerate(data.sources):
+        key = f"data.sources[{number}].weight"
+        yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
 
 
 def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
