@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -33,6 +34,11 @@ def run(task: Callable[[Config], None]) -> None:
         # Hydra then raises its errors instead of printing them, so that they can be explained.
         os.environ[FULL_ERROR] = "1"
         main()
+
+
+def overrides() -> list[str]:
+    """What the command line says of keys and groups, for a task that `run` has called."""
+    return list(HydraConfig.get().overrides.task)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Window k takes from a source what lies between k and k + 1 times its quota, counted in tokens or in documents along its
 sequence; a document belongs where its middle lies. So every document of a source comes exactly once in a pass, and a
 window follows from its number alone: there are no counters to carry, and windows have no end, and no epochs.
-Memory: 16 bytes a document for the pass of each source that is under way, and the packs of one window, which holds
+Memory: 24 bytes a document for the pass of each source that is under way, and the packs of one window, which holds
 data.window documents on average.
 """
 

@@ -1,13 +1,8 @@
 """Freezing and learning rates by name: frozen weights stay, and the curve is the same under every layout and resume."""
 
 import pytest
-import torch
-from distributed import run_ranks
-from tiny_runs import overrides_for, run_training
+from tiny_runs import overrides_for, run_training, saved_weights
 
-from megatron_mm.config.schema import ParallelConfig
-from megatron_mm.engines.whole_weights import load_whole_weights
-from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.report.metrics import read_metrics
 
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -36,16 +31,6 @@ CASES = {
 SHORT = ["train.train_iters=6", "checkpoint.save_interval=1", "checkpoint.save=${run.dir}/checkpoints"]
 
 
-def whole_weights(folder, iteration):
-    (weights,) = run_ranks(_whole_weights, 1, folder / f"checkpoints/iter_{iteration:07d}")
-    return weights
-
-
-def _whole_weights(init_kwargs, folder):
-    with process_groups(ParallelConfig(), 0, torch.device("cpu"), **init_kwargs):
-        return {name: weight.clone() for name, weight in load_whole_weights(folder).items()}
-
-
 @pytest.fixture(scope="module")
 def baseline(shards, tmp_path_factory):
     runs = {}
@@ -62,7 +47,7 @@ def baseline(shards, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_is_named_moves(case, baseline):
     folder, _ = baseline(case)
-    first, last = whole_weights(folder, 1), whole_weights(folder, 6)
+    first, last = saved_weights(folder, 1), saved_weights(folder, 6)
     moved = {name for name in first if (first[name] != last[name]).any()}
     layer = {name for name in first if name.startswith("decoder.layers.")}
     early = {name for name in layer if name.startswith(("decoder.layers.0.", "decoder.layers.1."))}
