@@ -113,8 +113,8 @@ def test_a_stage_that_stops_early_ends_the_chain(shards, tmp_path):
 
 @pytest.mark.slow
 def test_from_the_command_line_under_a_signal(whole, shards, tmp_path):
-    """torchrun passes SIGTERM on: both ranks save and leave; the same command again finishes."""
-    overrides = overrides_for("transfusion", shards, tmp_path / "run", *KEYS, "train.train_iters=40")
+    """SIGUSR1 to one of two ranks in the second stage: both save and leave with 0; the same command again finishes."""
+    overrides = overrides_for("transfusion", shards, tmp_path / "run", *KEYS, "train.train_iters=12")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_mm.stages", *overrides]
     metrics = tmp_path / "run/all/metrics.jsonl"
@@ -127,9 +127,9 @@ def test_from_the_command_line_under_a_signal(whole, shards, tmp_path):
         ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(ranks[-1]), signal.SIGUSR1)
         assert process.wait(120) == 0, (tmp_path / "log").read_text()
-    assert 2 <= len(losses(tmp_path / "run", "all")) < 40
+    assert 2 <= len(losses(tmp_path / "run", "all")) < 12
     run_chain(overrides)
-    assert len(losses(tmp_path / "run", "patches")) == len(losses(tmp_path / "run", "all")) == 40
+    assert len(losses(tmp_path / "run", "patches")) == len(losses(tmp_path / "run", "all")) == 12
 
 
 BASE = ["experiment=demo"]
