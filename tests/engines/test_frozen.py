@@ -91,6 +91,18 @@ def test_resume(first, then, case, shards, tmp_path, baseline):
     assert [row["loss"] for row in rows] == pytest.approx([s["loss"] for s in baseline(case)[1]], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
+def test_resume_in_bf16_where_a_stage_trains_nothing(optimizer, shards, tmp_path):
+    """Master weights are stored beside the weights, by group; the first stage's groups are empty."""
+    keys = [*SHORT, *CASES["late_layers"], "train.precision=bf16", PP, *([PLAIN] if optimizer == "plain" else [])]
+    expected = run_training(overrides_for("transfusion", shards, tmp_path / "whole", *keys), 2)
+    run = overrides_for("transfusion", shards, tmp_path / "run", *keys)
+    run_training([*run, "train.exit_interval=3"], 2)
+    steps = run_training([*run, "run.if_exists=resume"], 2)
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected[3:]], rel=1e-6)
+
+
 def test_a_pattern_without_a_parameter_is_named_before_there_is_a_run(shards, tmp_path):
     """Layer 3 is on the second stage only, which is no mistake; layer 4 does not exist."""
     run = overrides_for("transfusion", shards, tmp_path / "run", PP)
