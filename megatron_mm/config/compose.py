@@ -6,12 +6,16 @@ YAML and command line meet in Hydra; everything behind this file reads dataclass
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -54,7 +58,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Each attribute is one Hydra group."""
+    """A whole run. Each attribute but the last is one Hydra group."""
 
     model: ModelConfig = TransfusionConfig()
     data: DataConfig = DataConfig()
@@ -66,6 +70,8 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     attention: AttentionConfig = AttentionConfig()
     fusion: FusionConfig = FusionConfig()
+    stages: tuple[str, ...] = ()
+    """Options of the group `stage`, which `megatron_mm.stages` runs one after the other."""
 
 
 def compose(overrides: list[str]) -> Config:
@@ -74,8 +80,10 @@ def compose(overrides: list[str]) -> Config:
     Raises:
         ConfigError: an unknown key or option, a value of the wrong type, a key that is not set.
     """
+    # Within a task of `cli.run` Hydra is up already, with the same groups.
+    running = GlobalHydra.instance().is_initialized()
     try:
-        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        with nullcontext() if running else hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             cfg = hydra.compose(CONFIG_NAME, overrides)
     except HydraException as error:
         raise explain(error) from error
@@ -109,9 +117,11 @@ def explain(error: HydraException) -> ConfigError:
         prefix, _, name = str(cause.full_key).rpartition(".")
         return _unknown(prefix, name, [str(key) for key in cause.parent_node or () if key != "hydra"])
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        meant = _did_you_mean(option, error.options, f"{group}=")
-        return ConfigError(f"{group}={option} does not exist{meant}; options: {', '.join(error.options)}.")
+        group, _, option = str(error.missing_cfg_file).partition("/")
+        folder = Path(str(files(CONFIG_MODULE))) / group
+        options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+        meant = _did_you_mean(option, options, f"{group}=")
+        return ConfigError(f"{group}={option} does not exist{meant}; options: {', '.join(options)}.")
     text = ": ".join(str(error).partition("\nSee ")[0].splitlines()).rstrip(".")
     return ConfigError(f"{text}; an override is written key=value.")
 
@@ -146,8 +156,27 @@ def build(default: T, node: Any, prefix: str = "") -> T:
             nested = any(is_dataclass(getattr(default, field)) for field in hints)
             raise _unknown(prefix, name, hints, "groups" if nested else "keys")
         key, old = _join(prefix, name), getattr(default, name)
-        values[name] = build(old, value, key) if is_dataclass(old) else _leaf(key, value, hints[name])
+        values[name] = build(old, value, key) if is_dataclass(old) else _value(key, value, hints[name])
     return replace(default, **values)  # type: ignore[type-var]
+
+
+def _value(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`: tuple[X, ...], dict[str, X], or what `_leaf` takes; X may be a dataclass."""
+    if is_dataclass(hint):
+        item = build(hint(), value, key)  # type: ignore[operator]
+        for missing in _missing_keys(asdict(item), key):
+            raise ConfigError(f"{missing} is not set: add it to the entry.")
+        return item
+    kind = next((kind for kind in (hint, *get_args(hint)) if get_origin(kind) in (tuple, dict)), None)
+    if kind is None or (value is None and NoneType in get_args(hint)):
+        return _leaf(key, value, hint)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}={value} must be a list such as [a, b].")
+        return tuple(_value(f"{key}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={value} must be a mapping such as {{a: 1}}.")
+    return {name: _value(_join(key, str(name)), item, get_args(kind)[1]) for name, item in value.items()}
 
 
 def _leaf(key: str, value: Any, hint: Any) -> Any:

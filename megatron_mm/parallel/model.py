@@ -75,6 +75,8 @@ class StageModel(MegatronModule):
             x = x.transpose(0, 1).contiguous()
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
+            if self._recomputes_for_frozen_front(x):
+                x = x.detach().requires_grad_()
         x = self.decoder(
             x,
             attention_mask=meta,
@@ -84,6 +86,12 @@ class StageModel(MegatronModule):
         if self.post_process and self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return x
+
+    def _recomputes_for_frozen_front(self, x: torch.Tensor) -> bool:
+        """Whether recomputed layers would lose their gradients: where no input needs one, megatron-core's checkpoint
+        gives none to weights either."""
+        wanted = torch.is_grad_enabled() and self.config.recompute_granularity == "full" and not x.requires_grad
+        return wanted and any(parameter.requires_grad for parameter in self.decoder.parameters())
 
     def _rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
         """`rotary_table` [S, B, 1, rotary_dim] of positions [B, S]."""

@@ -10,6 +10,8 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 CP, COMM = "parallel.context_parallel_size", "parallel.context_parallel_comm"
 BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 layers, 64 wide, 4 heads over 2 keys
 
+SOURCES = ["data.path=null"]
+
 
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
@@ -21,6 +23,7 @@ BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 l
         (2, ["parallel.overlap_grad_reduce=true", "parallel.use_distributed_optimizer=false"]),
         (1, ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=4"]),
         (1, ["model.trunk.rotary_percent=0.5", "model.trunk.parallel_block=true", "model.trunk.activation=gelu"]),
+        (1, [*SOURCES, "data.sources=[{path: a, weight: 0.1, task: generation}, {path: a}]"]),
         (1, ["train.seed=0", "data.prefetch=0", "optim.min_lr=3e-4"]),
     ],
 )
@@ -117,6 +120,25 @@ def test_accepts(world_size, overrides):
             1,
             ["optim.lr_warmup_iters=9", "optim.lr_decay_iters=9"],
             r"lr_warmup_iters=9 must be less than optim\.lr_decay_iters=9",
+        ),
+        (1, ["data.path=null"], r"data\.path is not set: add data\.path=\.\.\. or data\.sources"),
+        (1, ["data.sources=[{path: a}]"], r"data\.path=data/none and data\.sources exclude each other"),
+        (
+            1,
+            [*SOURCES, "data.sources=[{path: a}, {path: b, weight: 0}]"],
+            r"data\.sources\[1\]\.weight=0\.0 must be above",
+        ),
+        (1, [*SOURCES, "data.sources=[{path: a, weight: -1}]"], r"data\.sources\[0\]\.weight=-1\.0 must be 0 or more"),
+        (
+            1,
+            [*SOURCES, "data.sources=[{path: a, task: draw}]"],
+            r"data\.sources\[0\]\.task=draw must be one of auto, u",
+        ),
+        (1, ["data.blend_by=rows"], r"data\.blend_by=rows must be one of tokens, samples"),
+        (
+            1,
+            ["optim.lr_multipliers={front.*: 0}"],
+            r"optim\.lr_multipliers\.front\.\*=0\.0 must be above 0, and finite",
         ),
         (1, ["optim.min_lr=1"], r"optim\.min_lr=1\.0 is above optim\.lr=0\.0003"),
         (1, ["checkpoint.async_save=true", "checkpoint.save=null"], r"checkpoint\.async_save=true has nothing to"),
