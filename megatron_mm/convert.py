@@ -1,12 +1,12 @@
-"""Pretrained weights in and out: Hugging Face folders to megatron-core checkpoints and back, bit for bit.
+"""Pretrained weights in and out: official releases to megatron-core checkpoints and back, bit for bit.
 
     python -m megatron_mm.convert from_hf src=HF_DIR out=CHECKPOINT_DIR [model.trunk.hidden_dropout=0.1 ...]
     python -m megatron_mm.convert to_hf checkpoint=CHECKPOINT_DIR out=HF_DIR
 
 One process without a GPU, whatever layout the run that loads the checkpoint has (`checkpoint.load=CHECKPOINT_DIR`).
-What a model has besides its trunk goes along beside the checkpoint: vqmodel.safetensors (the image tokenizer) and
-hf_config.json. To convert a checkpoint of later training, copy these two beside it first; without them `to_hf` writes
-the trunk alone.
+Chameleon as transformers has it; Show-o and MMaDA as their own code has them. What a model has besides its trunk goes
+along beside the checkpoint: vqmodel.safetensors (the image tokenizer, where the release holds one) and hf_config.json.
+To convert a checkpoint of later training, copy these two beside it first; without them `to_hf` writes the trunk alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import Config, compose, from_dict_config, to_yaml
-from megatron_mm.config.model import ChameleonConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.files import replacing
 from megatron_mm.data.tokenizer import load_tokenizer
@@ -30,14 +29,14 @@ from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, common_stat
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
-from megatron_mm.interop.chameleon_config import check_trunk, config_to_hf, overrides_from_hf
-from megatron_mm.interop.chameleon_weights import VQ_PREFIX, weights_from_hf, weights_to_hf
-from megatron_mm.interop.safetensors_folder import SafetensorsFolder, save_safetensors
+from megatron_mm.interop.registry import CONVERTERS, family_of
+from megatron_mm.interop.rules import VQ_PREFIX
+from megatron_mm.interop.safetensors_folder import WeightsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
 
 logger = logging.getLogger(__name__)
 
-VQ_FILE, CONFIG_FILE, WEIGHTS_FILE = "vqmodel.safetensors", "hf_config.json", "model.safetensors"
+VQ_FILE, CONFIG_FILE = "vqmodel.safetensors", "hf_config.json"
 
 
 def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
@@ -49,15 +48,17 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     if (out / TRACKER).exists():
         raise CheckpointError(f"out={out} already holds a checkpoint: choose another folder, or remove it.")
     hf = _read_json(src / "config.json")
-    tokenizer = src / "tokenizer.json"
-    derived = ["run.name=converted", "data.path=data", *overrides_from_hf(hf)]
+    kind, tokenizer = family_of(hf), src / "tokenizer.json"
+    converter = CONVERTERS[kind]
+    described = converter.overrides_from_hf(hf, _read_json(tokenizer) if tokenizer.exists() else {})
+    derived = ["run.name=converted", "data.path=data", *described]
     derived += [f"data.tokenizer='{tokenizer.absolute()}'"] if tokenizer.exists() else []
-    derived += [] if any(o.startswith("model=") for o in overrides) else ["model=chameleon"]
+    derived += [] if any(o.startswith("model=") for o in overrides) else [f"model={kind}"]
     config = compose([*derived, *overrides])
     validate(config, world_size=1)
-    check_trunk(config.model.trunk)
+    converter.check(config.model)
     vocab = _vocabulary(config)
-    tensors = SafetensorsFolder(src)
+    tensors = WeightsFolder(src)
     _make_folder(out)
     _write_json(out / CONFIG_FILE, hf)
     image_tokenizer = {name: tensors[name] for name in tensors if name.startswith(VQ_PREFIX)}
@@ -65,33 +66,35 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
         save_safetensors(out / VQ_FILE, image_tokenizer)
         logger.info("%s is no part of our trunk: kept as %s", VQ_PREFIX.rstrip("."), out / VQ_FILE)
     with single_process(torch.device("cpu")):
-        save_whole_weights(out, weights_from_hf(tensors, config.model, vocab.size), to_yaml(config))
+        save_whole_weights(out, converter.weights_from_hf(tensors, config.model, vocab.size), to_yaml(config))
     logger.info("converted %s to %s", src, out)
     return config
 
 
 def to_hf(checkpoint: Path, out: Path) -> None:
-    """Converts the newest (or the given iter_*) checkpoint to config.json and model.safetensors in `out`.
+    """Converts the newest (or the given iter_*) checkpoint to config.json and *.safetensors in `out`.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is not of a model that Hugging Face has.
+        ValueError: there is no complete checkpoint, or its model exists nowhere else.
     """
     path = resolve(checkpoint)
     config = from_dict_config(OmegaConf.create(common_state(path)["config"]))
-    if not isinstance(config.model, ChameleonConfig):
-        raise ValueError(f"{path} is a {config.model.family} model, but to_hf converts only chameleon.")
+    if config.model.family not in CONVERTERS:
+        known = " and ".join(CONVERTERS)
+        raise ValueError(f"{path} is a {config.model.family} model, but to_hf converts only {known}.")
+    converter = CONVERTERS[config.model.family]
     vocab = _vocabulary(config)
     original = path.parent / CONFIG_FILE
-    hf = config_to_hf(config.model, vocab, _read_json(original) if original.exists() else {})
+    hf = converter.config_to_hf(config.model, vocab, _read_json(original) if original.exists() else {})
     with single_process(torch.device("cpu")):
         weights = load_whole_weights(path)
-    tensors = dict(weights_to_hf(weights, config.model, vocab.size))
+    tensors = dict(converter.weights_to_hf(weights, config.model, vocab.size))
     if (path.parent / VQ_FILE).exists():
         tensors |= load_file(path.parent / VQ_FILE)
-    else:
+    elif converter.image_tokenizer:
         logger.warning("there is no %s: writing the trunk without an image tokenizer", path.parent / VQ_FILE)
     _make_folder(out)
-    save_safetensors(out / WEIGHTS_FILE, tensors)
+    save_safetensors(out / converter.weights_file, tensors)
     _write_json(out / "config.json", hf)
     logger.info("converted %s to %s", path, out)
 

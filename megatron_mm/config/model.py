@@ -35,6 +35,8 @@ class TrunkConfig:
     """`swiglu`: fc2(silu(gate) * up). `gelu`: fc2(gelu(fc1)), by the tanh approximation (gelu_new)."""
     add_bias_linear: bool = False
     """Biases on the layers' linear parts: queries, keys and values, attention's output, both of the feed-forward."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values alone (Qwen2); `add_bias_linear` has them too."""
     parallel_block: bool = False
     """Attention and feed-forward side by side, behind one norm: h + attention(norm(h)) + mlp(norm(h)) (GPT-J, Phi)."""
     rotary_percent: float = 1.0

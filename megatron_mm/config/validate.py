@@ -14,7 +14,7 @@ from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 
-IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
+IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 

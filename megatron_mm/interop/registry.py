@@ -1,0 +1,87 @@
+"""The families whose models exist elsewhere as well, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_mm.interop import (
+    chameleon_config,
+    chameleon_weights,
+    mmada_config,
+    mmada_weights,
+    showo_config,
+    showo_weights,
+)
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+def _anything(model: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How one family converts.
+
+    overrides_from_hf: (config.json, tokenizer.json or {}) -> `model.*` overrides.
+    config_to_hf: (model config, vocabulary, config.json that it came from or {}) -> config.json.
+    weights_from_hf, weights_to_hf: (weights, model config, vocabulary size) -> weights.
+    check: raises ValueError for a model config that the other side cannot hold.
+    weights_file: the name that the other side reads.
+    image_tokenizer: whether its weights are among the model's own.
+    """
+
+    overrides_from_hf: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
+    config_to_hf: Callable[..., dict[str, Any]]
+    weights_from_hf: Callable[..., Weights]
+    weights_to_hf: Callable[..., Weights]
+    check: Callable[[Any], None] = _anything
+    weights_file: str = "model.safetensors"
+    image_tokenizer: bool = True
+
+
+CONVERTERS = {
+    "chameleon": Converter(
+        lambda hf, tokenizer: chameleon_config.overrides_from_hf(hf),
+        chameleon_config.config_to_hf,
+        chameleon_weights.weights_from_hf,
+        chameleon_weights.weights_to_hf,
+        chameleon_config.check,
+    ),
+    "mmada": Converter(
+        lambda hf, tokenizer: mmada_config.overrides_from_hf(hf),
+        mmada_config.config_to_hf,
+        mmada_weights.weights_from_hf,
+        mmada_weights.weights_to_hf,
+        mmada_config.check,
+        image_tokenizer=False,
+    ),
+    "showo": Converter(
+        lambda hf, tokenizer: showo_config.overrides_from_hf(hf),
+        showo_config.config_to_hf,
+        showo_weights.weights_from_hf,
+        showo_weights.weights_to_hf,
+        showo_config.check,
+        weights_file="pytorch_model.safetensors",
+        image_tokenizer=False,
+    ),
+}
+"""Our name of a family is `model_type` of its config.json, or diffusers' `_class_name` in small letters."""
+
+
+def family_of(hf: Mapping[str, Any]) -> str:
+    """The family that a config.json is of.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    key = "model_type" if "model_type" in hf else "_class_name"
+    name = str(hf.get(key))
+    if name.lower() not in CONVERTERS:
+        raise ValueError(f"config.json has {key}={name}, but only {' and '.join(CONVERTERS)} can be converted.")
+    return name.lower()
