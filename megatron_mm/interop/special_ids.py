@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from megatron_mm.config.masked import MaskedVocabularyConfig
 from megatron_mm.families.base import Vocabulary
 
 KEY = "special_ids"
-"""Of config.json; ours, where ids are not the official ones."""
+"""Of config.json; it is ours, and holds the ids that are not the official ones."""
 
 
 def id_overrides(hf: Mapping[str, Any], official: Mapping[str, int]) -> list[str]:
@@ -19,7 +17,7 @@ def id_overrides(hf: Mapping[str, Any], official: Mapping[str, int]) -> list[str
 
 
 def id_entry(vocab: Vocabulary, official: Mapping[str, int]) -> dict[str, Any]:
-    """What of config.json says where `vocab` has its ids: nothing where they are official."""
+    """What of config.json says where `vocab` has other ids than the official ones; nothing where there are none."""
     named = vars(vocab) | dict(vocab.special)
-    ids = {field.name: named[field.name] for field in fields(MaskedVocabularyConfig)}
-    return {} if ids == official else {KEY: ids}
+    others = {name: named[name] for name, value in official.items() if named[name] != value}
+    return {KEY: others} if others else {}

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from distributed import run_ranks
 from sharded import assemble
 from transformers import PhiConfig, PhiForCausalLM
-from trunk_runs import CPU, PADDED, VOCAB, Z_WEIGHT, config_of, documents, engine_of, run_trunk
+from trunk_runs import CPU, VOCAB, Z_WEIGHT, config_of, documents, engine_of, run_trunk
 
+from megatron_mm.config.masked import ShowoConfig
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.whole_weights import load_whole_weights
+from megatron_mm.interop.showo_weights import weights_from_hf
 from megatron_mm.mask import dense
 from megatron_mm.parallel.distributed import process_groups, single_process
 from megatron_mm.types import IGNORE
@@ -40,28 +42,9 @@ def trunk_of(groups: int) -> TrunkConfig:
     )
 
 
-def to_ours(hf: dict[str, torch.Tensor], groups: int) -> dict[str, torch.Tensor]:
-    """Phi's weights (or their gradients) under our names; norms of queries and keys with a row for each head."""
-
-    def rows_for(vocabulary: torch.Tensor) -> torch.Tensor:
-        return torch.cat([vocabulary, vocabulary.new_zeros(PADDED - VOCAB, *vocabulary.shape[1:])])
-
-    ours = {"front.embedding.weight": rows_for(hf["model.embed_tokens.weight"])}
-    for kind in ("weight", "bias"):
-        ours[f"decoder.final_layernorm.{kind}"] = hf[f"model.final_layernorm.{kind}"]
-        ours[f"back.head.{kind}"] = rows_for(hf[f"lm_head.{kind}"])
-        for n in range(LAYERS):
-            layer, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
-            qkv = [hf[f"{theirs}.self_attn.{part}_proj.{kind}"].unflatten(0, (groups, -1)) for part in "qkv"]
-            ours[f"{layer}.self_attention.linear_qkv.{kind}"] = torch.cat(qkv, 1).flatten(0, 1)
-            ours[f"{layer}.self_attention.linear_proj.{kind}"] = hf[f"{theirs}.self_attn.dense.{kind}"]
-            for part, count in (("q", HEADS), ("k", groups)):
-                shared = hf[f"{theirs}.self_attn.{part}_layernorm.{kind}"]
-                ours[f"{layer}.self_attention.{part}_layernorm.{kind}"] = shared.expand(count, -1)
-            ours[f"{layer}.input_layernorm.{kind}"] = hf[f"{theirs}.input_layernorm.{kind}"]
-            for part in ("fc1", "fc2"):
-                ours[f"{layer}.mlp.linear_{part}.{kind}"] = hf[f"{theirs}.mlp.{part}.{kind}"]
-    return ours
+def to_ours(hf: dict[str, torch.Tensor], trunk: TrunkConfig) -> dict[str, torch.Tensor]:
+    """Phi's weights (or their gradients) under our names, by way of Show-o's."""
+    return dict(weights_from_hf({f"showo.{name}": w for name, w in hf.items()}, ShowoConfig(trunk=trunk), VOCAB))
 
 
 @dataclass(frozen=True)
@@ -118,8 +101,8 @@ def oracle(request) -> Oracle:
     terms = {"ce": torch.cat(losses).mean(), "z": torch.cat(log_zs).square().mean()}
     (terms["ce"] + Z_WEIGHT * terms["z"]).backward()
     parameters = dict(model.named_parameters())
-    weights = to_ours({name: p.detach() for name, p in parameters.items()}, groups)
-    gradients = to_ours({name: p.grad for name, p in parameters.items()}, groups)
+    weights = to_ours({name: p.detach() for name, p in parameters.items()}, trunk)
+    gradients = to_ours({name: p.grad for name, p in parameters.items()}, trunk)
     return Oracle(groups, spans, weights, logits, {k: v.item() for k, v in terms.items()}, gradients)
 
 
