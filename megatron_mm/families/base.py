@@ -60,8 +60,8 @@ class Vocabulary:
 
     @staticmethod
     def at(ids: VocabularyConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:
-        """A converted model's vocabulary, whose ids are given; text has every entry that nothing else takes. BOS and EOS
-        may be one and the same. Ids that are no field of ours are `special`.
+        """A converted model's vocabulary, whose ids are given; text has every entry that nothing else takes. BOS and
+        EOS may be one and the same. Ids that are no field of ours are `special`.
 
         Raises:
             ValueError: an id or the size is not given, or they contradict each other.

@@ -52,7 +52,8 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     """
     if hf.get("w_clip_vit"):
         raise ValueError(
-            "config.json has w_clip_vit=True, but our Show-o reads images as codes alone; this variant cannot be converted."
+            "config.json has w_clip_vit=True, but our Show-o reads images as codes alone; this variant cannot be "
+            "converted."
         )
     hf = _PHI | _DEFAULTS | dict(hf)
     side = isqrt(hf["num_vq_tokens"])

@@ -119,7 +119,8 @@ def rows_of(family: Family) -> list[list[Document]]:
 
 def load_config(checkpoint: Path, **parallel) -> Config:
     config = from_dict_config(OmegaConf.create(common_state(checkpoint)["config"]))
-    model = replace(config.model, condition_dropout=0.0, **({"text_block": 4} if config.model.family == "mmada" else {}))
+    own = {"text_block": 4} if config.model.family == "mmada" else {}
+    model = replace(config.model, condition_dropout=0.0, **own)
     return replace(config, model=model, parallel=ParallelConfig(**parallel))
 
 
