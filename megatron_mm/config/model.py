@@ -10,8 +10,8 @@ from megatron_mm.config.fields import choice
 @dataclass(frozen=True)
 class TrunkConfig:
     """A transformer with RoPE and an untied head: by default Llama's blocks (RMSNorm, SwiGLU, no biases). Phi-1.5's are
-    LayerNorm, GELU, biases, both sublayers side by side, RoPE over half of each head, and a bias on the head. Qwen2's are
-    Llama's with biases on queries, keys and values."""
+    LayerNorm, GELU, biases, both sublayers side by side, RoPE over half of each head, and a bias on the head. Qwen2's
+    are Llama's with biases on queries, keys and values."""
 
     num_layers: int = 4
     hidden_size: int = 128

@@ -23,8 +23,8 @@ TERM = FieldSpec("int8", (), NO_TERM)
 
 
 class MaskedFamily:
-    """The parts of `Family` that both have. Ids are those of `model.vocabulary`, or else text, specials, T2I, MMU, MASK,
-    image codes."""
+    """The parts of `Family` that both have. Ids are those of `model.vocabulary`, or else text, specials, T2I, MMU,
+    MASK, image codes."""
 
     causal = False
     hides_keys = False

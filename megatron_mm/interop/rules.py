@@ -73,7 +73,6 @@ def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
     """The transformer layers and the final norm of a model that Hugging Face calls `theirs` (as Llama's, and with
     Chameleon's norms on heads)."""
     hidden, heads, groups, size = trunk.hidden_size, trunk.num_attention_heads, trunk.kv_heads, trunk.head_dim
-
     swin = trunk.norm_placement == "swin"
     attention_norm, mlp_norm = (
         ("self_attn_bda.norm", "mlp_bda.norm") if swin else ("input_layernorm", "pre_mlp_layernorm")
