@@ -1,4 +1,4 @@
-"""A small real dataset of pictures and text, and runs of tiny models of both families on it."""
+"""A small real dataset of pictures and text, and runs of tiny models of every family on it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.train import StopSignal, train
 
-FAMILIES = ("transfusion", "chameleon")
+FAMILIES = ("transfusion", "chameleon", "janus")
 SIDE = 8
 COMMON = [
     "run.name=test",
@@ -47,6 +47,14 @@ MODEL = {
         "model.image={channels: 1, height: 4, width: 4}",
         "model.image_codes=16",
         "model.trunk.norm_placement=swin",
+        "data.image_tokenizer={folder}/codebook.npz",
+    ],
+    "janus": [
+        "model=janus_tiny",
+        "model.image={channels: 1, height: 4, width: 4}",
+        "model.image_codes=16",
+        f"model.encoder.image_size={SIDE}",
+        "model.encoder.patch_size=2",
         "data.image_tokenizer={folder}/codebook.npz",
     ],
 }

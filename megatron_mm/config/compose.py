@@ -16,6 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from megatron_mm.config.janus import JanusConfig
 from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
 from megatron_mm.config.schema import (
     AttentionConfig,
@@ -29,8 +30,12 @@ from megatron_mm.config.schema import (
     TrainConfig,
 )
 
-ModelConfig = TransfusionConfig | ChameleonConfig
-FAMILIES: dict[str, type[ModelConfig]] = {"transfusion": TransfusionConfig, "chameleon": ChameleonConfig}
+ModelConfig = TransfusionConfig | ChameleonConfig | JanusConfig
+FAMILIES: dict[str, type[ModelConfig]] = {
+    "transfusion": TransfusionConfig,
+    "chameleon": ChameleonConfig,
+    "janus": JanusConfig,
+}
 
 CONFIG_MODULE = "megatron_mm_configs"
 CONFIG_NAME = "config"

@@ -21,7 +21,8 @@ class SamplingConfig:
     """Continuations of each prompt."""
     seed: int = 0
     cfg_scale: float | None = None
-    """Classifier-free guidance of images; 1 is none. null: 3 where the model saw images without captions, else 1."""
+    """Classifier-free guidance of images; 1 is none. null: the family's own (3; Janus: 5) where the model saw images
+    without captions, else 1."""
     steps: int = 250
     """Denoising steps of an image (diffusion families)."""
     temperature: float = 0.7

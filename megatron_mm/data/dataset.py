@@ -28,8 +28,6 @@ class Ids(Protocol):
 
     @property
     def pad(self) -> int: ...
-    @property
-    def image_codes(self) -> int: ...
 
 
 class Layout(Protocol):
@@ -39,6 +37,10 @@ class Layout(Protocol):
     def vocab(self) -> Ids: ...
     @property
     def fields(self) -> Mapping[str, FieldSpec]: ...
+    @property
+    def image_codes(self) -> int: ...
+    @property
+    def pixels(self) -> ImageConfig | None: ...
     def length(self, text_tokens: int, texts: int, images: int) -> int: ...
     def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
 
@@ -81,7 +83,8 @@ def open_data(
         raise ValueError(f"The shards of data.path={data.path} hold no samples.")
     lengths = document_lengths(index, layout)
     ledger = _fit(index, lengths, data, image, layout)
-    return Plan(lengths, data.seq_length, seed, data.window), SampleReader(index, tokenizer, codec), ledger
+    reader = SampleReader(index, tokenizer, codec, layout.pixels)
+    return Plan(lengths, data.seq_length, seed, data.window), reader, ledger
 
 
 def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
@@ -91,7 +94,7 @@ def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
 
 
 def _check_codes(codec: ImageCodec, layout: Layout, data: DataConfig) -> None:
-    expected = layout.vocab.image_codes
+    expected = layout.image_codes
     if bool(codec.codes) != bool(expected):
         reads, want = (
             ("codes", "the path of a codebook (*.npz)")

@@ -14,7 +14,7 @@ from torch import nn
 from megatron_mm.config.model import ChameleonConfig, VocabularyConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
+from megatron_mm.families.layout import arrange, image_codes, next_token_labels, open_end, token_sequence
 from megatron_mm.mask import causal
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample
@@ -27,11 +27,13 @@ class Chameleon:
     causal = True
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config
         self.trunk = config.trunk
         self.vocab = _vocabulary(config, text_vocab_size)
+        self.image_codes = config.image_codes
         self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
         self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
 
@@ -75,18 +77,7 @@ class Chameleon:
         return ChameleonBack(self.trunk.hidden_size, self.vocab, ops)
 
     def _image_tokens(self, sample: Sample, segment: ImageSegment) -> np.ndarray:
-        codes, image = segment.data, self.config.image
-        if codes.shape != (image.height, image.width) or not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(
-                f"Sample {sample.key!r} has an image of {codes.dtype} {list(codes.shape)}, but model.image says "
-                f"integer codes [{image.height}, {image.width}]. Change model.image or data.image_tokenizer."
-            )
-        if codes.min() < 0 or codes.max() >= self.config.image_codes:
-            raise ValueError(
-                f"Sample {sample.key!r} has image codes from {codes.min()} to {codes.max()}, but "
-                f"model.image_codes={self.config.image_codes}. Set it to the image tokenizer's codebook size."
-            )
-        return codes.astype(np.int64) + self.vocab.image_start
+        return image_codes(sample, segment, self.config.image, self.config.image_codes) + self.vocab.image_start
 
 
 def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:

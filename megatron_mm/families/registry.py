@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
+from megatron_mm.config.compose import ModelConfig
 from megatron_mm.families.base import Family
 from megatron_mm.families.chameleon import Chameleon
+from megatron_mm.families.janus import Janus
 from megatron_mm.families.transfusion import Transfusion
 
-FAMILIES: dict[str, Callable[..., Family]] = {"chameleon": Chameleon, "transfusion": Transfusion}
+FAMILIES: dict[str, Callable[..., Family]] = {"chameleon": Chameleon, "janus": Janus, "transfusion": Transfusion}
 
 
-def build_family(model: ChameleonConfig | TransfusionConfig, text_vocab_size: int) -> Family:
+def build_family(model: ModelConfig, text_vocab_size: int) -> Family:
     """The family that `model.family` names, for a text tokenizer of `text_vocab_size` entries.
 
     Raises:

@@ -7,6 +7,8 @@ pixel_shuffle. Shape legend: B rows, S positions, D hidden size, h x w patches o
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,6 +32,33 @@ def unpatchify(patches: np.ndarray, h: int, w: int, p: int) -> np.ndarray:
     """[h * w, C * p * p] -> [C, h * p, w * p], the inverse of `patchify`."""
     grid = patches.reshape(h, w, -1, p, p)
     return grid.transpose(2, 0, 3, 1, 4).reshape(-1, h * p, w * p)
+
+
+def over_images(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    images: torch.Tensor,
+    outputs: int,
+    module: nn.Module,
+) -> torch.Tensor:
+    """Apply a map of grids [N, I, h, w] -> [N, outputs, h, w] to the images within x [B, S, I]: [B, S, outputs].
+
+    images int [M, 4] as in `PackedBatch`. Without any image the parameters of `module` still get (zero) gradients,
+    which data parallelism waits for.
+    """
+    batch, length, _ = x.shape
+    flat = x.flatten(0, 1)
+    starts: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, first, h, w in images.tolist():
+        starts[h, w].append(row * length + first)
+    out = flat.new_zeros(batch * length, outputs)
+    for (h, w), firsts in starts.items():
+        index = (torch.tensor(firsts)[:, None] + torch.arange(h * w)).flatten().to(x.device)
+        grid = flat.index_select(0, index).view(-1, h, w, x.shape[2]).movedim(-1, 1)
+        out = out.index_copy(0, index, function(grid).movedim(1, -1).reshape(-1, outputs))
+    if not starts and torch.is_grad_enabled():
+        out = out + 0.0 * sum(parameter.sum() for parameter in module.parameters())
+    return out.view(batch, length, outputs)
 
 
 class TimestepEmbedding(nn.Module):

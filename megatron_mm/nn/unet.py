@@ -9,15 +9,12 @@ size in one go, and put back. Positions outside images get zeros.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.nn.init import conv
-from megatron_mm.nn.patch import TimestepEmbedding
+from megatron_mm.nn.patch import TimestepEmbedding, over_images
 
 
 class UNetPatchIn(nn.Module):
@@ -36,7 +33,7 @@ class UNetPatchIn(nn.Module):
 
     def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         down = lambda grid: self.blocks(F.pixel_shuffle(grid, self.patch_size))  # noqa: E731
-        return _over_images(down, patches + self.time(timestep), images, self.hidden_size, self)
+        return over_images(down, patches + self.time(timestep), images, self.hidden_size, self)
 
 
 class UNetPatchOut(nn.Module):
@@ -54,7 +51,7 @@ class UNetPatchOut(nn.Module):
 
     def forward(self, hidden: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         up = lambda grid: F.pixel_unshuffle(self.blocks(grid), self.patch_size)  # noqa: E731
-        return _over_images(up, hidden, images, self.patch_dim, self)
+        return over_images(up, hidden, images, self.patch_dim, self)
 
 
 class ResBlock(nn.Module):
@@ -87,30 +84,3 @@ def _widths(patch_size: int, base_channels: int) -> list[int]:
     if patch_size < 1 or patch_size & (patch_size - 1):
         raise ValueError(f"model.patch_size={patch_size} must be a power of two for model.patch_codec=unet.")
     return [base_channels * 2**i for i in range(patch_size.bit_length())]
-
-
-def _over_images(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    images: torch.Tensor,
-    outputs: int,
-    module: nn.Module,
-) -> torch.Tensor:
-    """Apply a map of grids [N, I, h, w] -> [N, outputs, h, w] to the images within x [B, S, I]: [B, S, outputs].
-
-    images int [M, 4] as in `PackedBatch`. Without any image the parameters of `module` still get (zero) gradients,
-    which data parallelism waits for.
-    """
-    batch, length, _ = x.shape
-    flat = x.flatten(0, 1)
-    starts: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for row, first, h, w in images.tolist():
-        starts[h, w].append(row * length + first)
-    out = flat.new_zeros(batch * length, outputs)
-    for (h, w), firsts in starts.items():
-        index = (torch.tensor(firsts)[:, None] + torch.arange(h * w)).flatten().to(x.device)
-        grid = flat.index_select(0, index).view(-1, h, w, x.shape[2]).movedim(-1, 1)
-        out = out.index_copy(0, index, function(grid).movedim(1, -1).reshape(-1, outputs))
-    if not starts and torch.is_grad_enabled():
-        out = out + 0.0 * sum(parameter.sum() for parameter in module.parameters())
-    return out.view(batch, length, outputs)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from megatron_mm.config.compose import Config, from_dict_config
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.data.image_codec import ImageCodec
 from megatron_mm.data.image_codecs import load_image_codec
+from megatron_mm.data.sample import read_image
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engines.checkpoint import CheckpointError, common_state, load_weights, resolve
 from megatron_mm.families.base import Family
@@ -21,6 +23,7 @@ from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import pick_device, single_process
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.parallel.transformer_config import transformer_config
+from megatron_mm.types import ImageSegment
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class SamplingModel:
         core = transformer_config(family.trunk, ParallelConfig(), config.train, "reference")
         stage = StageModel(core, family, first=True, last=True, virtual_stage=None).eval()
         return cls(config, family, tokenizer, codec, stage, device)
+
+    def read_image(self, picture: Image.Image) -> ImageSegment:
+        """A picture as the model reads it."""
+        return read_image(picture, self.codec, self.family.pixels)
 
     @property
     def sees_images_alone(self) -> bool:

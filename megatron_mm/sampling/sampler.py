@@ -8,16 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from megatron_mm.config.generate import SamplingConfig
+from megatron_mm.config.generate import MODES, SamplingConfig
 from megatron_mm.parallel.ops import padded_vocab_size
 from megatron_mm.sampling.decoder import Decoder
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.sampling.row import Request, Row
 from megatron_mm.sampling.text import Next, choose, grammar, penalise
-from megatron_mm.types import Sample, Segment
-
-GUIDANCE = 3.0
-"""Scale of classifier-free guidance where none is given (Transfusion's and Chameleon's own)."""
+from megatron_mm.types import Document, Sample, Segment
 
 Report = Callable[[str], None]
 """Told what the sampler is doing, for a progress display."""
@@ -26,8 +23,13 @@ Report = Callable[[str], None]
 class Sampler(ABC):
     """Continues the documents of one batch; how images are made is the family's.
 
-    With guidance, row i of b has a twin in row b + i of the cache, which sees BOS, BOI in place of the prompt.
+    With guidance, row i of b has a twin in row b + i of the cache, which sees `without_prompt`.
     """
+
+    modes: tuple[str, ...] = MODES
+    """What the family can write."""
+    guidance = 3.0
+    """Scale of classifier-free guidance where none is given (Transfusion's and Chameleon's own)."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Sampler(ABC):
         self.seq_length = model.config.data.seq_length
         self.image_length = model.family.grid[0] * model.family.grid[1]
         self.draws_at_once = mode == "text_to_image"
-        default = GUIDANCE if model.config.model.condition_dropout > 0 else 1.0
+        default = self.guidance if model.config.model.condition_dropout > 0 else 1.0
         self.scale = default if settings.cfg_scale is None else settings.cfg_scale
         self.guided = self.scale != 1.0 and mode != "image_to_text"
 
@@ -60,11 +62,14 @@ class Sampler(ABC):
         with Decoder.open(self.model, len(self.rows) * (1 + self.guided), capacity) as self.decoder:
             hidden = self.decoder.prefill(self.indices(self.rows), prompts)
             if self.guided:
-                no_prompt = lay_out(Sample(0, "no prompt", ()), open_image=True)
-                twins = self.decoder.prefill(self.twins(self.rows), [no_prompt] * len(self.rows))
+                twins = self.decoder.prefill(self.twins(self.rows), [self.without_prompt(p) for p in prompts])
                 hidden = torch.cat([hidden, twins])
             self.write(hidden)
         return [row.finish() for row in self.rows]
+
+    def without_prompt(self, prompt: Document) -> Document:
+        """What a twin reads in place of its row's prompt: BOS, BOI."""
+        return self.model.family.lay_out_prompt(Sample(0, "no prompt", ()), open_image=True)
 
     @abstractmethod
     def write(self, hidden: torch.Tensor) -> None:
@@ -87,10 +92,13 @@ class Sampler(ABC):
 
     def choose(self, rows: Sequence[Row], logits: torch.Tensor, following: Sequence[Next]) -> list[int]:
         """The next id of each row, from its logits [V] and what may follow."""
-        allowed = self.allowed[torch.tensor(following, device=logits.device)]
-        uniforms = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=logits.device)
         seen = [row.seen if kind <= Next.TEXT_OR_IMAGE else () for row, kind in zip(rows, following, strict=True)]
         logits = penalise(logits, seen, self.settings.repetition_penalty)
+        return self.pick(rows, logits, self.allowed[torch.tensor(following, device=logits.device)])
+
+    def pick(self, rows: Sequence[Row], logits: torch.Tensor, allowed: torch.Tensor) -> list[int]:
+        """Draws an id for each row from logits [b, V], among those that are allowed, bool [b, V]."""
+        uniforms = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=logits.device)
         return choose(logits, allowed, uniforms, self.settings.temperature, self.settings.top_p).tolist()
 
     def take_text(self, row: Row, token: int) -> bool:

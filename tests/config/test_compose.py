@@ -94,7 +94,7 @@ def test_yaml_round_trip():
         ("parallel.sequence_parallel=1", r"parallel\.sequence_parallel=1 must be true or false\."),
         ("data.path=[a,b]", r"data\.path=\['a', 'b'\] must be text\."),
         ("model.trunk=3", r"model\.trunk=3 must be a group with the keys num_layers"),
-        ("model.family=gpt", r"model\.family=gpt is unknown; families: transfusion, chameleon\."),
+        ("model.family=gpt", r"model\.family=gpt is unknown; families: transfusion, chameleon, janus\."),
         ("run.name=???", r"run\.name is not set: add run\.name=\.\.\. or choose an experiment"),
         ("run.dir=${nowhere}", r"cannot be resolved: Interpolation key 'nowhere' not found"),
     ],

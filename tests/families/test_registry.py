@@ -61,5 +61,5 @@ def test_every_model_config_builds_its_family(path):
 
 
 def test_unknown_families_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=f"model.family=janus: use one of {', '.join(sorted(FAMILIES))}"):
-        build_family(replace(ChameleonConfig(), family="janus"), 256)
+    with pytest.raises(ValueError, match=f"model.family=gpt: use one of {', '.join(sorted(FAMILIES))}"):
+        build_family(replace(ChameleonConfig(), family="gpt"), 256)
