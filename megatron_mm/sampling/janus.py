@@ -14,7 +14,6 @@ import torch
 from megatron_mm.families.janus import DRAWN, NO_IMAGE
 from megatron_mm.nn.diffusion import guide
 from megatron_mm.sampling.decoder import piece
-from megatron_mm.sampling.row import Row
 from megatron_mm.sampling.sampler import Sampler, column
 from megatron_mm.sampling.text import Next
 from megatron_mm.types import Document, PackedBatch
