@@ -51,6 +51,7 @@ MODEL = {
     ],
     "janus": [
         "model=janus_tiny",
+        "model.trunk.init_method_std=0.1",  # or what the encoder sees hardly reaches the loss
         "model.image={channels: 1, height: 4, width: 4}",
         "model.image_codes=16",
         f"model.encoder.image_size={SIDE}",
