@@ -22,7 +22,8 @@ class SamplingConfig:
     """Continuations of each prompt."""
     seed: int = 0
     cfg_scale: float | None = None
-    """Classifier-free guidance of images; 1 is none. null: 3 where the model saw images without captions, else 1."""
+    """Classifier-free guidance of images; 1 is none. null: the family's own where the model saw images without
+    captions, else 1."""
     steps: int | None = None
     """Denoising steps of an image. null: the family's own, 250 of Transfusion and 50 of masked codes."""
     block_length: int = 64

@@ -30,8 +30,6 @@ class Ids(Protocol):
 
     @property
     def pad(self) -> int: ...
-    @property
-    def image_codes(self) -> int: ...
 
 
 class Layout(Protocol):
@@ -41,6 +39,10 @@ class Layout(Protocol):
     def vocab(self) -> Ids: ...
     @property
     def fields(self) -> Mapping[str, FieldSpec]: ...
+    @property
+    def image_codes(self) -> int: ...
+    @property
+    def pixels(self) -> ImageConfig | None: ...
     def length(self, text_tokens: int, texts: int, images: int) -> int: ...
     def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
 
@@ -89,7 +91,8 @@ def open_data(
     lengths = document_lengths(index, layout)
     ledger = _fit(index, lengths, data, image, layout)
     firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
-    reader = SampleReader(index, tokenizer, codec, [(first, s.task) for first, s in zip(firsts, sources, strict=False)])
+    tasks = [(first, source.task) for first, source in zip(firsts, sources, strict=False)]
+    reader = SampleReader(index, tokenizer, codec, layout.pixels, tasks)
     if len(sources) == 1:
         return Plan(lengths, data.seq_length, seed, data.window), reader, ledger
     for number, (first, end) in enumerate(pairwise(firsts)):
@@ -109,7 +112,7 @@ def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
 
 
 def _check_codes(codec: ImageCodec, layout: Layout, data: DataConfig) -> None:
-    expected = layout.vocab.image_codes
+    expected = layout.image_codes
     if bool(codec.codes) != bool(expected):
         reads, want = (
             ("codes", "the path of a codebook (*.npz)")

@@ -28,11 +28,13 @@ class Chameleon:
     causal = True
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config
         self.trunk = config.trunk
         self.vocab = _vocabulary(config, text_vocab_size)
+        self.image_codes = config.image_codes
         self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
         self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
 

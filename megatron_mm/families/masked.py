@@ -28,9 +28,10 @@ class MaskedFamily:
     causal = False
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
-        self.trunk, self.image = config.trunk, config.image
+        self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
         self.vocab = Vocabulary.after_text(
             text_vocab_size, config.image_codes, config.vocab_size, ("t2i", "mmu", "mask")
         )

@@ -55,6 +55,8 @@ class ShowoFlow:
     causal = False
     hides_keys = False
     whole_images = True
+    image_codes = 0
+    pixels = None
 
     def __init__(self, config: ShowoFlowConfig, text_vocab_size: int) -> None:
         self.config = config

@@ -44,6 +44,8 @@ class Transfusion:
     name = "transfusion"
     causal = False
     hides_keys = False
+    image_codes = 0
+    pixels = None
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)

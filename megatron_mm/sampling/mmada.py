@@ -39,8 +39,9 @@ class MMaDASampler(MaskedSampler):
     def room(self, row: Row) -> int:
         return self.seq_length - len(self.documents[row.index])
 
-    def read(self, prompts: Sequence[Document], no_prompt: Document) -> torch.Tensor:
-        self.documents = [document.tokens for document in (*prompts, *[no_prompt] * len(prompts))]
+    def read(self, prompts: Sequence[Document]) -> torch.Tensor:
+        twins = [self.without_prompt(prompt) for prompt in prompts]
+        self.documents = [document.tokens for document in (*prompts, *twins)]
         return torch.empty(0)
 
     def write(self, hidden: torch.Tensor) -> None:
