@@ -29,9 +29,8 @@ from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, common_stat
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
-from megatron_mm.interop.chameleon_config import check_trunk
 from megatron_mm.interop.registry import CONVERTERS
-from megatron_mm.interop.rules import VQ_PREFIX
+from megatron_mm.interop.rules import VQ_PREFIX, check_trunk
 from megatron_mm.interop.safetensors_folder import SafetensorsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
 
@@ -59,7 +58,7 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     derived += [] if any(o.startswith("model=") for o in overrides) else [f"model={kind}"]
     config = compose([*derived, *overrides])
     validate(config, world_size=1)
-    check_trunk(config.model.trunk)
+    check_trunk(config.model.trunk, converter.trunk, kind.capitalize())
     vocab = _vocabulary(config)
     tensors = SafetensorsFolder(src)
     _make_folder(out)

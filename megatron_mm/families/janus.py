@@ -200,7 +200,7 @@ class JanusBack(nn.Module):
         self.ops = ops
         self.head = ops.vocab_head(hidden, vocab.size, config.trunk.head_bias)
         self.code_in = nn.Sequential(linear(hidden, hidden), nn.GELU())
-        self.code_head = ops.vocab_head(hidden, config.image_codes)
+        self.code_head = ops.vocab_head(hidden, config.image_codes, bias=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's share of the text logits [B, S, V / TP]."""

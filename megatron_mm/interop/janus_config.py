@@ -7,9 +7,13 @@ from typing import Any
 
 from megatron_mm.config.janus import JanusConfig
 from megatron_mm.families.base import Vocabulary
+from megatron_mm.interop.rules import LLAMA, check_trunk
 
 NORM_EPSILON = 1e-6
 """Of the vision encoder's norms, which is no key of ours."""
+
+TRUNK = LLAMA | {"qk_layernorm": False, "norm_placement": "pre"}
+"""What Hugging Face's Janus has of a trunk, without a choice."""
 
 _TEXT = {
     "vocab_size": 32000,
@@ -129,10 +133,9 @@ def config_to_hf(model: JanusConfig, vocab: Vocabulary, original: Mapping[str, A
         ValueError: the model is none that Hugging Face's Janus can be.
     """
     trunk, encoder, image = model.trunk, model.encoder, model.image
+    check_trunk(trunk, TRUNK, "Janus")
     ratio = encoder.ffn_size / encoder.hidden_size
     wrong = {
-        "model.trunk.qk_layernorm=true": trunk.qk_layernorm,
-        f"model.trunk.norm_placement={trunk.norm_placement}": trunk.norm_placement != "pre",
         f"model.encoder.activation={encoder.activation}": encoder.activation != "gelu",
         f"model.encoder.ffn_hidden_size={encoder.ffn_size}": int(ratio * encoder.hidden_size) != encoder.ffn_size,
     }

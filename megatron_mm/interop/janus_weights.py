@@ -1,8 +1,4 @@
-"""Janus's weights between Hugging Face's names and ours.
-
-Ours leaves out one vector that Hugging Face has, the bias of the image codes' head: weights are only taken where it is
-zero, and zeros are written back.
-"""
+"""Janus's weights between Hugging Face's names and ours."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ import torch
 
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.interop.rules import Rule, convert_in, convert_out, linear, same, trunk_rules, vocabulary
-
-HEAD_BIAS = "model.generation_head.vision_head.bias"
 
 
 def rules(model: JanusConfig, vocab_size: int) -> Iterator[Rule]:
@@ -32,30 +26,23 @@ def rules(model: JanusConfig, vocab_size: int) -> Iterator[Rule]:
         yield from linear(f"front.{ours}.2", f"model.{theirs}.hidden_layers.0", hidden, hidden)
     yield same("front.code_embedding.weight", "model.generation_embeddings.weight", codes, model.code_dim)
     yield from linear("back.code_in.0", "model.generation_head.proj_out", hidden, hidden)
-    yield vocabulary("back.code_head.weight", "model.generation_head.vision_head.weight", codes, hidden)
+    head = "model.generation_head.vision_head"
+    yield vocabulary("back.code_head.weight", f"{head}.weight", codes, hidden)
+    yield vocabulary("back.code_head.bias", f"{head}.bias", codes)
 
 
 def weights_from_hf(
     tensors: Mapping[str, torch.Tensor], model: JanusConfig, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `rules.convert_in`.
-
-    Raises:
-        ValueError: besides, the bias of the image codes' head is not zero.
-    """
-    if HEAD_BIAS in tensors and tensors[HEAD_BIAS].any():
-        raise ValueError(f"{HEAD_BIAS} is not zero, but our head for image codes has no bias: it cannot be converted.")
-    return convert_in(rules(model, vocab_size), _Without(tensors, HEAD_BIAS))
+    """See `rules.convert_in`."""
+    return convert_in(rules(model, vocab_size), tensors)
 
 
 def weights_to_hf(
     weights: MutableMapping[str, torch.Tensor], model: JanusConfig, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """See `rules.convert_out`."""
-    for name, weight in convert_out(rules(model, vocab_size), weights):
-        yield name, weight
-        if name == HEAD_BIAS.replace("bias", "weight"):
-            yield HEAD_BIAS, weight.new_zeros(len(weight))
+    return convert_out(rules(model, vocab_size), weights)
 
 
 def _encoder_rules(encoder: EncoderConfig) -> Iterator[Rule]:
@@ -78,19 +65,3 @@ def _encoder_rules(encoder: EncoderConfig) -> Iterator[Rule]:
     for norm in norms:
         for kind in ("weight", "bias"):
             yield same(f"{ours}.{norm}.{kind}", f"{theirs}.{norm}.{kind}", width)
-
-
-class _Without(Mapping[str, torch.Tensor]):
-    """A mapping but for one name; values are read only when asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], name: str):
-        self._tensors, self._names = tensors, [n for n in tensors if n != name]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

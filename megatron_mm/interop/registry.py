@@ -17,11 +17,13 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 class Converter:
     """How one family converts.
 
+    trunk: what Hugging Face's has of a trunk, without a choice.
     overrides_from_hf: (config.json, tokenizer.json or {}) -> `model.*` overrides.
     config_to_hf: (model config, vocabulary, config.json that it came from or {}) -> config.json.
     weights_from_hf, weights_to_hf: (weights, model config, vocabulary size) -> weights.
     """
 
+    trunk: Mapping[str, Any]
     overrides_from_hf: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
     config_to_hf: Callable[..., dict[str, Any]]
     weights_from_hf: Callable[..., Weights]
@@ -30,12 +32,14 @@ class Converter:
 
 CONVERTERS = {
     "chameleon": Converter(
+        chameleon_config.TRUNK,
         lambda hf, tokenizer: chameleon_config.overrides_from_hf(hf),
         chameleon_config.config_to_hf,
         chameleon_weights.weights_from_hf,
         chameleon_weights.weights_to_hf,
     ),
     "janus": Converter(
+        janus_config.TRUNK,
         janus_config.overrides_from_hf,
         janus_config.config_to_hf,
         janus_weights.weights_from_hf,
