@@ -87,6 +87,9 @@ class ShowoFlow:
         h, w = self.grid
         return 2 + text_tokens + images * (3 + h * w)
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return float(images)
+
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.
 
