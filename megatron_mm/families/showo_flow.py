@@ -161,6 +161,7 @@ class ShowoFlowFront(nn.Module):
             intermediate_size=config.semantic_ffn_size,
             num_hidden_layers=config.semantic_layers,
             num_attention_heads=config.semantic_heads,
+            attn_implementation="sdpa",
         )
         self.embedding = ops.vocab_embedding(vocab.size, hidden)
         self.semantic = SemanticLayers(patch_dim, grid, siglip)
