@@ -1,8 +1,8 @@
 """`python -m megatron_mm.benchmark.encoder experiment=NAME data.path=DIR ranks=8,64`: how evenly images lie on ranks.
 
 Counts, step by step, the images that a vision encoder (or a U-Net) reads on each data-parallel rank: packs in the
-plan's order, as Megatron-LM deals them out, and dealt out by their images (`megatron_mm.data.balance`). The slowest rank
-over the mean; nothing is timed.
+plan's order, as Megatron-LM deals them out, and dealt out by their images (`megatron_mm.data.balance`). The slowest
+rank over the mean; nothing is timed.
 """
 
 from __future__ import annotations
