@@ -4,9 +4,10 @@
     python -m megatron_mm.convert to_hf checkpoint=CHECKPOINT_DIR out=HF_DIR
 
 One process without a GPU, whatever layout the run that loads the checkpoint has (`checkpoint.load=CHECKPOINT_DIR`).
-Chameleon as transformers has it; Show-o and MMaDA as their own code has them. What a model has besides its trunk goes
-along beside the checkpoint: vqmodel.safetensors (the image tokenizer, where the release holds one) and hf_config.json.
-To convert a checkpoint of later training, copy these two beside it first; without them `to_hf` writes the trunk alone.
+Chameleon and Janus as transformers has them; Show-o and MMaDA as their own code has them. What a model has besides its
+trunk goes along beside the checkpoint: vqmodel.safetensors (the image tokenizer, where the release holds one) and
+hf_config.json. To convert a checkpoint of later training, copy these two beside it first; without them `to_hf` writes
+the trunk alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_wei
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.registry import CONVERTERS, family_of
-from megatron_mm.interop.rules import VQ_PREFIX
+from megatron_mm.interop.rules import VQ_PREFIX, check_trunk
 from megatron_mm.interop.safetensors_folder import WeightsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
 
@@ -56,7 +57,7 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     derived += [] if any(o.startswith("model=") for o in overrides) else [f"model={kind}"]
     config = compose([*derived, *overrides])
     validate(config, world_size=1)
-    converter.check(config.model)
+    check_trunk(config.model.trunk, converter.trunk, converter.theirs)
     vocab = _vocabulary(config)
     tensors = WeightsFolder(src)
     _make_folder(out)

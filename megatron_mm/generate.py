@@ -24,7 +24,7 @@ from megatron_mm.parallel.distributed import is_first_rank
 from megatron_mm.report.gallery import gallery
 from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.model import SamplingModel
-from megatron_mm.types import ImageSegment, Segment, TextSegment
+from megatron_mm.types import Segment, TextSegment
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is no folder: choose another name.")
     with SamplingModel.load(config.checkpoint, parallel=config.parallel) as model:
-        image = [ImageSegment(model.codec.encode(picture))] if picture else []
+        image = [model.read_image(picture)] if picture else []
         texts = [TextSegment(model.tokenizer.encode(text)) for text in config.prompt]
         documents = _generate(model, [[*image, text] for text in texts] or [image], config)
         if not is_first_rank():

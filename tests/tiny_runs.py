@@ -1,4 +1,4 @@
-"""A small real dataset of pictures and text, and runs of tiny models of all families on it."""
+"""A small real dataset of pictures and text, and runs of tiny models of every family on it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_mm.engines.whole_weights import load_whole_weights
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.train import StopSignal, train
 
-FAMILIES = ("transfusion", "chameleon", "showo", "mmada", "showo_flow")
+FAMILIES = ("transfusion", "chameleon", "janus", "showo", "mmada", "showo_flow")
 SIDE = 8
 COMMON = [
     "run.name=test",
@@ -49,6 +49,15 @@ MODEL = {
         "model.image={channels: 1, height: 4, width: 4}",
         "model.image_codes=16",
         "model.trunk.norm_placement=swin",
+        "data.image_tokenizer={folder}/codebook.npz",
+    ],
+    "janus": [
+        "model=janus_tiny",
+        "model.trunk.init_method_std=0.1",  # or what the encoder sees hardly reaches the loss
+        "model.image={channels: 1, height: 4, width: 4}",
+        "model.image_codes=16",
+        f"model.encoder.image_size={SIDE}",
+        "model.encoder.patch_size=2",
         "data.image_tokenizer={folder}/codebook.npz",
     ],
 }

@@ -21,6 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from megatron_mm.config.flow import ShowoFlowConfig
+from megatron_mm.config.janus import JanusConfig
 from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
 from megatron_mm.config.schema import (
@@ -35,10 +36,11 @@ from megatron_mm.config.schema import (
     TrainConfig,
 )
 
-ModelConfig = TransfusionConfig | ChameleonConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
+ModelConfig = TransfusionConfig | ChameleonConfig | JanusConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
 FAMILIES: dict[str, type[ModelConfig]] = {
     "transfusion": TransfusionConfig,
     "chameleon": ChameleonConfig,
+    "janus": JanusConfig,
     "showo": ShowoConfig,
     "showo_flow": ShowoFlowConfig,
     "mmada": MMaDAConfig,

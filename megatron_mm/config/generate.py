@@ -22,9 +22,12 @@ class SamplingConfig:
     """Continuations of each prompt."""
     seed: int = 0
     cfg_scale: float | None = None
-    """Classifier-free guidance of images; 1 is none. null: 3 where the model saw images without captions, else 1."""
+    """Classifier-free guidance of images; 1 is none. null: the family's own where the model saw images without
+    captions, else 1."""
     steps: int | None = None
     """Denoising steps of an image. null: the family's own, 250 of Transfusion and 50 of masked codes."""
+    block_length: int = 64
+    """Text tokens that masked diffusion finishes before it begins the next ones (MMaDA)."""
     tokens_per_step: int = 1
     """Text tokens that masked diffusion takes at a time (MMaDA)."""
     temperature: float = 0.7

@@ -11,6 +11,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
+from megatron_mm.config.janus import JanusConfig
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 
@@ -18,17 +19,8 @@ IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
-SHARES = {
-    "adam_beta1",
-    "adam_beta2",
-    "caption_first",
-    "condition_dropout",
-    "generation_share",
-    "hidden_dropout",
-    "image_first",
-    "rotary_percent",
-    "top_p",
-}
+ORDERS = {"caption_first", "image_first", "generation_share", "condition_dropout"}
+SHARES = {"adam_beta1", "adam_beta2", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
 """Numbers between 0 and 1; all others are 0 or more."""
 
 
@@ -207,6 +199,8 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     )
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
+    if isinstance(config.model, JanusConfig):
+        yield from _janus(config.model)
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
@@ -234,6 +228,20 @@ def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
         model.image_first_max_timestep > model.num_train_timesteps,
         f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
         f"{model.num_train_timesteps}; lower it.",
+    )
+
+
+def _janus(model: JanusConfig) -> Iterator[tuple[bool, str]]:
+    encoder = model.encoder
+    yield (
+        encoder.image_size % encoder.patch_size > 0,
+        f"model.encoder.patch_size={encoder.patch_size} must divide model.encoder.image_size={encoder.image_size}; "
+        "change one of them.",
+    )
+    yield (
+        encoder.hidden_size % encoder.num_attention_heads > 0,
+        f"model.encoder.hidden_size={encoder.hidden_size} must be a multiple of model.encoder.num_attention_heads="
+        f"{encoder.num_attention_heads}; change one of the two.",
     )
 
 

@@ -28,11 +28,13 @@ class Chameleon:
     causal = True
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config
         self.trunk = config.trunk
         self.vocab = _vocabulary(config, text_vocab_size)
+        self.image_codes = config.image_codes
         self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
         self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
 
@@ -44,6 +46,9 @@ class Chameleon:
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Positions of a document; with condition dropout it may turn out shorter."""
         return 2 + text_tokens + images * (2 + self.config.image.height * self.config.image.width)
+
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return 0.0
 
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.

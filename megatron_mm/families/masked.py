@@ -31,7 +31,7 @@ class MaskedFamily:
     whole_images = False
 
     def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
-        self.trunk, self.image = config.trunk, config.image
+        self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
         codes, size = config.image_codes, config.vocab_size
         self.vocab = (
             Vocabulary.after_text(text_vocab_size, codes, size, ("t2i", "mmu", "mask"))

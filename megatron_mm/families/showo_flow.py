@@ -55,6 +55,8 @@ class ShowoFlow:
     causal = False
     hides_keys = False
     whole_images = True
+    image_codes = 0
+    pixels = None
 
     def __init__(self, config: ShowoFlowConfig, text_vocab_size: int) -> None:
         self.config = config
@@ -84,6 +86,9 @@ class ShowoFlow:
         """Positions of a document; one without its caption turns out shorter."""
         h, w = self.grid
         return 2 + text_tokens + images * (3 + h * w)
+
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return float(images)
 
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.
@@ -156,6 +161,7 @@ class ShowoFlowFront(nn.Module):
             intermediate_size=config.semantic_ffn_size,
             num_hidden_layers=config.semantic_layers,
             num_attention_heads=config.semantic_heads,
+            attn_implementation="sdpa",
         )
         self.embedding = ops.vocab_embedding(vocab.size, hidden)
         self.semantic = SemanticLayers(patch_dim, grid, siglip)

@@ -44,6 +44,8 @@ class Transfusion:
     name = "transfusion"
     causal = False
     hides_keys = False
+    image_codes = 0
+    pixels = None
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)
@@ -74,6 +76,9 @@ class Transfusion:
         """Positions of a document; with condition dropout it may turn out shorter."""
         h, w = self.grid
         return 2 + text_tokens + images * (2 + h * w)
+
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return float(images if self.whole_images else 0)
 
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.

@@ -8,24 +8,14 @@ from typing import Any
 
 from megatron_mm.config.model import ChameleonConfig
 from megatron_mm.families.base import Vocabulary
-from megatron_mm.interop.trunk_check import check_trunk
+from megatron_mm.interop.rules import LLAMA, check_trunk
 
 logger = logging.getLogger(__name__)
 
 QK_NORM_EPSILON = 1e-5
 """Hugging Face's QK-norm has this one whatever `rms_norm_eps` says."""
 
-TRUNK = {
-    "qk_layernorm": True,
-    "layernorm_epsilon": QK_NORM_EPSILON,
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "parallel_block": False,
-    "rotary_percent": 1.0,
-    "head_bias": False,
-}
+TRUNK = LLAMA | {"qk_layernorm": True, "layernorm_epsilon": QK_NORM_EPSILON}
 """What Hugging Face's Chameleon has of a trunk, without a choice."""
 
 _DEFAULTS = {
@@ -83,19 +73,14 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check(model: ChameleonConfig) -> None:
-    """Raises ValueError, in one sentence, unless Hugging Face's Chameleon can hold such a model."""
-    check_trunk(model.trunk, TRUNK, "Hugging Face's Chameleon")
-
-
 def config_to_hf(model: ChameleonConfig, vocab: Vocabulary, original: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model; what we do not know (image tokenizer, vocabulary map) is taken from `original`, if any.
 
     Raises:
-        ValueError: the model's trunk is not one that Hugging Face's can be; see `check`.
+        ValueError: the model's trunk is not one that Hugging Face's can be.
     """
     trunk = model.trunk
-    check(model)
+    check_trunk(trunk, TRUNK, "Hugging Face's Chameleon")
     ours = {
         "architectures": ["ChameleonForConditionalGeneration"],
         "model_type": "chameleon",

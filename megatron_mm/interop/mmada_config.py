@@ -8,20 +8,10 @@ from typing import Any
 
 from megatron_mm.config.masked import MMaDAConfig
 from megatron_mm.families.base import Vocabulary
+from megatron_mm.interop.rules import LLAMA, check_trunk, trunk_overrides
 from megatron_mm.interop.special_ids import id_entry, id_overrides
-from megatron_mm.interop.trunk_check import check_trunk, trunk_overrides
 
-TRUNK = {
-    "qk_layernorm": False,
-    "norm_placement": "pre",
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "parallel_block": False,
-    "rotary_percent": 1.0,
-    "head_bias": False,
-}
+TRUNK = LLAMA | {"qk_layernorm": False, "norm_placement": "pre"}
 """What MMaDA has of a trunk, without a choice."""
 
 _FIXED = {
@@ -103,24 +93,19 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check(model: MMaDAConfig) -> None:
-    """Raises ValueError, in one sentence, unless the official code can hold such a model."""
-    check_trunk(model.trunk, TRUNK, "MMaDA")
-    if model.image.height != model.image.width:
-        raise ValueError(
-            f"model.image has {model.image.height} x {model.image.width} codes, but MMaDA's images are square: this "
-            "model cannot be converted."
-        )
-
-
 def config_to_hf(model: MMaDAConfig, vocab: Vocabulary, original: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model; what we do not know is taken from `original`, if any.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: the model is none that the official code can hold.
     """
-    check(model)
-    trunk = model.trunk
+    trunk, image = model.trunk, model.image
+    check_trunk(trunk, TRUNK, "MMaDA")
+    if image.height != image.width:
+        raise ValueError(
+            f"model.image has {image.height} x {image.width} codes, but MMaDA's images are square: this model "
+            "cannot be converted."
+        )
     ours = {
         "model_type": "mmada",
         **_FIXED,
@@ -135,7 +120,7 @@ def config_to_hf(model: MMaDAConfig, vocab: Vocabulary, original: Mapping[str, A
         "vocab_size": vocab.size,
         "embedding_size": vocab.size,
         "codebook_size": vocab.image_codes,
-        "num_vq_tokens": model.image.height * model.image.width,
+        "num_vq_tokens": image.height * image.width,
         "mask_token_id": vocab.special["mask"],
     }
     basic = {"architectures": ["MMadaModelLM"], "eos_token_id": vocab.eos, "pad_token_id": vocab.eos}

@@ -11,6 +11,8 @@ import torch
 from megatron_mm.interop import (
     chameleon_config,
     chameleon_weights,
+    janus_config,
+    janus_weights,
     mmada_config,
     mmada_weights,
     showo_config,
@@ -20,53 +22,62 @@ from megatron_mm.interop import (
 Weights = Iterator[tuple[str, torch.Tensor]]
 
 
-def _anything(model: Any) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Converter:
     """How one family converts.
 
+    theirs: what the model is called in a sentence.
+    trunk: what theirs has of a trunk, without a choice.
     overrides_from_hf: (config.json, tokenizer.json or {}) -> `model.*` overrides.
     config_to_hf: (model config, vocabulary, config.json that it came from or {}) -> config.json.
     weights_from_hf, weights_to_hf: (weights, model config, vocabulary size) -> weights.
-    check: raises ValueError for a model config that the other side cannot hold.
     weights_file: the name that the other side reads.
     image_tokenizer: whether its weights are among the model's own.
     """
 
+    theirs: str
+    trunk: Mapping[str, Any]
     overrides_from_hf: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
     config_to_hf: Callable[..., dict[str, Any]]
     weights_from_hf: Callable[..., Weights]
     weights_to_hf: Callable[..., Weights]
-    check: Callable[[Any], None] = _anything
     weights_file: str = "model.safetensors"
     image_tokenizer: bool = True
 
 
 CONVERTERS = {
     "chameleon": Converter(
+        "Hugging Face's Chameleon",
+        chameleon_config.TRUNK,
         lambda hf, tokenizer: chameleon_config.overrides_from_hf(hf),
         chameleon_config.config_to_hf,
         chameleon_weights.weights_from_hf,
         chameleon_weights.weights_to_hf,
-        chameleon_config.check,
+    ),
+    "janus": Converter(
+        "Hugging Face's Janus",
+        janus_config.TRUNK,
+        janus_config.overrides_from_hf,
+        janus_config.config_to_hf,
+        janus_weights.weights_from_hf,
+        janus_weights.weights_to_hf,
     ),
     "mmada": Converter(
+        "MMaDA",
+        mmada_config.TRUNK,
         lambda hf, tokenizer: mmada_config.overrides_from_hf(hf),
         mmada_config.config_to_hf,
         mmada_weights.weights_from_hf,
         mmada_weights.weights_to_hf,
-        mmada_config.check,
         image_tokenizer=False,
     ),
     "showo": Converter(
+        "Show-o",
+        showo_config.TRUNK,
         lambda hf, tokenizer: showo_config.overrides_from_hf(hf),
         showo_config.config_to_hf,
         showo_weights.weights_from_hf,
         showo_weights.weights_to_hf,
-        showo_config.check,
         weights_file="pytorch_model.safetensors",
         image_tokenizer=False,
     ),

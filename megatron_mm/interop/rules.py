@@ -10,12 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.parallel.ops import padded_vocab_size
+
+LLAMA = {
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "parallel_block": False,
+    "rotary_percent": 1.0,
+    "head_bias": False,
+    "num_experts": None,
+}
+"""What a Llama-like trunk of Hugging Face has without a choice."""
 
 VQ_PREFIX = "model.vqmodel."
 """Hugging Face's image tokenizers, which are no part of our models."""
@@ -40,10 +53,10 @@ def same(name: str, source: str, *shape: int) -> Rule:
     return Rule(name, {source: shape}, lambda w: w, lambda w: (w,))
 
 
-def vocabulary(name: str, source: str, size: int, *inner: int) -> Rule:
-    """A weight [size, *inner] over a vocabulary, which we pad."""
-    padding = (0, 0) * len(inner) + (0, padded_vocab_size(size) - size)
-    return Rule(name, {source: (size, *inner)}, lambda w: F.pad(w, padding), lambda w: (w[:size],))
+def vocabulary(name: str, source: str, size: int, *hidden: int) -> Rule:
+    """A matrix [size, hidden] (or a vector [size]) over a vocabulary, which we pad."""
+    padding = 2 * len(hidden) * (0,) + (0, padded_vocab_size(size) - size)
+    return Rule(name, {source: (size, *hidden)}, lambda w: F.pad(w, padding), lambda w: (w[:size],))
 
 
 def linear(name: str, source: str, outputs: int, inputs: int) -> Iterator[Rule]:
@@ -98,6 +111,29 @@ def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
             lambda weight: weight.chunk(2),
         )
         yield same(f"{ours}.mlp.linear_fc2.weight", f"{layer}.mlp.down_proj.weight", *ffn_shape[::-1])
+
+
+def check_trunk(trunk: TrunkConfig, fixed: Mapping[str, Any], theirs: str) -> None:
+    """Raises ValueError, in one sentence, unless the model called `theirs` can hold such a trunk; `fixed` says what it
+    has without a choice."""
+    for key, value in fixed.items():
+        if (ours := getattr(trunk, key)) != value:
+            raise ValueError(
+                f"model.trunk.{key}={_written(ours)}, but {theirs} always has {_written(value)}: this "
+                "model cannot be converted."
+            )
+
+
+def trunk_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`model.trunk.*` overrides of these values."""
+    return [f"model.trunk.{key}={_written(value)}" for key, value in values.items()]
+
+
+def _written(value: Any) -> str:
+    """As on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def convert_in(rules: Iterable[Rule], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_mm.config.masked import ShowoConfig
 from megatron_mm.families.base import Vocabulary
+from megatron_mm.interop.rules import check_trunk, trunk_overrides
 from megatron_mm.interop.special_ids import id_entry, id_overrides
-from megatron_mm.interop.trunk_check import check_trunk, trunk_overrides
 
 TRUNK = {
     "qk_layernorm": True,
@@ -77,24 +77,19 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check(model: ShowoConfig) -> None:
-    """Raises ValueError, in one sentence, unless the official code can hold such a model."""
-    check_trunk(model.trunk, TRUNK, "Show-o")
-    if model.image.height != model.image.width:
-        raise ValueError(
-            f"model.image has {model.image.height} x {model.image.width} codes, but Show-o's images are square: this "
-            "model cannot be converted."
-        )
-
-
 def config_to_hf(model: ShowoConfig, vocab: Vocabulary, original: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model; what we do not know is taken from `original`, if any.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: the model is none that the official code can hold.
     """
-    check(model)
-    trunk = model.trunk
+    trunk, image = model.trunk, model.image
+    check_trunk(trunk, TRUNK, "Show-o")
+    if image.height != image.width:
+        raise ValueError(
+            f"model.image has {image.height} x {image.width} codes, but Show-o's images are square: this model "
+            "cannot be converted."
+        )
     sizes = {
         "hidden_size": trunk.hidden_size,
         "intermediate_size": trunk.ffn_size,
@@ -110,7 +105,7 @@ def config_to_hf(model: ShowoConfig, vocab: Vocabulary, original: Mapping[str, A
         "_class_name": "Showo",
         "vocab_size": vocab.size,
         "codebook_size": vocab.image_codes,
-        "num_vq_tokens": model.image.height * model.image.width,
+        "num_vq_tokens": image.height * image.width,
         "mask_token_id": vocab.special["mask"],
         **{name: size for name, size in sizes.items() if size != _PHI[name] or name in original},
     }

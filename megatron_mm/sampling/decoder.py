@@ -63,8 +63,15 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 or wider logits [..., V] of hidden states [..., D]; V includes the padding of the vocabulary."""
-        logits = self.model.from_back(lambda back: back.ops.gather_logits(back.logits(hidden)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _wide(self.model.from_back(lambda back: back.ops.gather_logits(back.logits(hidden))))
+
+    def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same of a head for image codes, where the family has one of its own."""
+        return _wide(self.model.from_back(lambda back: back.ops.gather_logits(back.code_logits(hidden))))
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def piece(

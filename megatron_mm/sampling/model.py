@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state as mpu
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 
 from megatron_mm.config.compose import Config, from_dict_config
@@ -17,6 +18,7 @@ from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.image_codec import ImageCodec
 from megatron_mm.data.image_codecs import load_image_codec
+from megatron_mm.data.sample import read_image
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engines.checkpoint import CheckpointError, common_state, load_weights, resolve
 from megatron_mm.families.base import Family
@@ -25,6 +27,7 @@ from megatron_mm.parallel.distributed import model_ranks, pick_device
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.parallel.stages import from_last_stage
 from megatron_mm.parallel.transformer_config import transformer_config
+from megatron_mm.types import ImageSegment
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class SamplingModel:
     def from_back(self, compute: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
         """What `compute` makes of the family's back, on every rank."""
         return from_last_stage(self.stage, compute)
+
+    def read_image(self, picture: Image.Image) -> ImageSegment:
+        """A picture as the model reads it."""
+        return read_image(picture, self.codec, self.family.pixels)
 
     @property
     def sees_images_alone(self) -> bool:

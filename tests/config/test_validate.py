@@ -143,6 +143,14 @@ def test_accepts(world_size, overrides):
         (1, ["optim.min_lr=1"], r"optim\.min_lr=1\.0 is above optim\.lr=0\.0003"),
         (1, ["checkpoint.async_save=true", "checkpoint.save=null"], r"checkpoint\.async_save=true has nothing to"),
         (1, ["model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=28 and .*width=28"),
+        (1, ["model=janus", "model.encoder.patch_size=5"], r"encoder\.patch_size=5 must divide .*image_size=32"),
+        (1, ["model=janus", "model.encoder.num_attention_heads=3"], r"encoder\.hidden_size=128 must be a multiple of"),
+        (1, ["model=janus", "model.generation_share=1.5"], r"model\.generation_share=1\.5 must be between 0 and 1"),
+        (
+            1,
+            ["model=janus", "model.encoder.activation=relu"],
+            r"activation=relu must be one of gelu, gelu_py",
+        ),
         (1, ["model.image_first_max_timestep=2000"], r"image_first_max_timestep=2000 is above .*timesteps=1000"),
     ],
 )

@@ -10,7 +10,7 @@ from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop import mmada_config, mmada_weights, showo_config, showo_weights
-from megatron_mm.interop.registry import family_of
+from megatron_mm.interop.registry import CONVERTERS, family_of
 from megatron_mm.interop.safetensors_folder import WeightsFolder
 
 VOCAB = 200
@@ -63,7 +63,7 @@ def test_mmada_is_our_configuration_of_its_size():
         (showo_config.overrides_from_hf, {"w_clip_vit": True}, "w_clip_vit=True, but our Show-o reads images as codes"),
         (mmada_config.overrides_from_hf, {"weight_tying": True}, "weight_tying=True, which our MMaDA does not do"),
         (mmada_config.overrides_from_hf, {"block_type": "sequential"}, "block_type=sequential"),
-        (family_of, {"model_type": "gpt2"}, "model_type=gpt2, but only chameleon and mmada and showo can"),
+        (family_of, {"model_type": "gpt2"}, "model_type=gpt2, but only chameleon and janus and mmada and showo can"),
         (family_of, {"_class_name": "Showo2Qwen2_5"}, "_class_name=Showo2Qwen2_5, but only"),
     ],
 )
@@ -74,20 +74,23 @@ def test_variants_that_we_do_not_have_are_refused(read, hf, message):
 
 
 @pytest.mark.parametrize(
-    ("check", "override", "message"),
+    ("name", "override", "message"),
     [
-        (showo_config.check, "model.trunk.activation=swiglu", "activation=swiglu, but Show-o always has gelu"),
-        (showo_config.check, "model.image.width=8", "16 x 8 codes, but Show-o's images are square"),
-        (mmada_config.check, "model.trunk.qk_layernorm=true", "qk_layernorm=true, but MMaDA always has false"),
-        (mmada_config.check, "model.trunk.add_qkv_bias=true", "add_qkv_bias=true"),
-        (mmada_config.check, "model.image.width=8", "32 x 8 codes, but MMaDA's images are square"),
+        ("showo_1.3b", "model.trunk.activation=swiglu", "activation=swiglu, but Show-o always has gelu"),
+        ("showo_1.3b", "model.image.width=8", "16 x 8 codes, but Show-o's images are square"),
+        ("mmada_8b", "model.trunk.qk_layernorm=true", "qk_layernorm=true, but MMaDA always has false"),
+        ("mmada_8b", "model.trunk.add_qkv_bias=true", "add_qkv_bias=true"),
+        ("mmada_8b", "model.image.width=8", "32 x 8 codes, but MMaDA's images are square"),
     ],
 )
-def test_models_that_the_official_code_cannot_hold_are_refused(check, override, message):
-    name = "showo_1.3b" if check is showo_config.check else "mmada_8b"
-    check(model(name, []))
+def test_models_that_the_official_code_cannot_hold_are_refused(name, override, message):
+    def describe(*overrides):
+        ours = model(name, ["model.vocab_size=null", *overrides])
+        return CONVERTERS[ours.family].config_to_hf(ours, build_family(ours, 256).vocab, {})
+
+    assert describe()["special_ids"]["mask"] == 256 + 7, "our own arrangement"
     with pytest.raises(ValueError, match=message):
-        check(model(name, [override]))
+        describe(override)
 
 
 @pytest.fixture(params=CASES)

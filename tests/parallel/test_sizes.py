@@ -30,6 +30,7 @@ class Published:
 
 ONE_MATRIX = ("trunk", "embedding")
 """Embedding and head are one matrix (Qwen2.5 1.5B), or counted as if they were (Phi-1.5's 1.3B)."""
+WHOLE = ("trunk", "embedding", "head", "beside")
 SIZES = {
     "transfusion_0.16b": Published(0.16, 32000),
     "transfusion_0.37b": Published(0.37, 32000),
@@ -38,6 +39,8 @@ SIZES = {
     "transfusion_7b": Published(7.0, 32000),
     "chameleon_7b": Published(7.0, 57000),
     "chameleon_34b": Published(34.0, 57000),
+    "janus_pro_1b": Published(2.09, 100015, WHOLE),
+    "janus_pro_7b": Published(7.42, 100015, WHOLE),
     "showo_1.3b": Published(1.3, 50295, ONE_MATRIX),
     "mmada_8b": Published(8.0, 126349),
     "showo_flow_1.5b": Published(1.54, 151936, ONE_MATRIX),

@@ -44,7 +44,7 @@ def load_twice(_init_kwargs, config, folder):
         return differing, [len(d) for d in generate(again, [[]], "text_to_image", settings)]
 
 
-@pytest.mark.parametrize("family", ["transfusion_unet", "chameleon"])
+@pytest.mark.parametrize("family", ["transfusion_unet", "chameleon", "janus"])
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_loads_from_any_layout(family, layout, folder, tmp_path):
     config = config_for(family, folder, f"parallel.{layout}_model_parallel_size=2", PLAIN, "train.seed=5")
