@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
@@ -25,6 +25,7 @@ from megatron_mm.config.schema import (
     DataConfig,
     FusionConfig,
     LoggingConfig,
+    LoraConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
@@ -66,6 +67,7 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     attention: AttentionConfig = AttentionConfig()
     fusion: FusionConfig = FusionConfig()
+    lora: LoraConfig = LoraConfig()
 
 
 def compose(overrides: list[str]) -> Config:
@@ -146,8 +148,27 @@ def build(default: T, node: Any, prefix: str = "") -> T:
             nested = any(is_dataclass(getattr(default, field)) for field in hints)
             raise _unknown(prefix, name, hints, "groups" if nested else "keys")
         key, old = _join(prefix, name), getattr(default, name)
-        values[name] = build(old, value, key) if is_dataclass(old) else _leaf(key, value, hints[name])
+        values[name] = build(old, value, key) if is_dataclass(old) else _value(key, value, hints[name])
     return replace(default, **values)  # type: ignore[type-var]
+
+
+def _value(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`: tuple[X, ...], dict[str, X], or what `_leaf` takes; X may be a dataclass."""
+    if is_dataclass(hint):
+        item = build(hint(), value, key)  # type: ignore[operator]
+        for missing in _missing_keys(asdict(item), key):
+            raise ConfigError(f"{missing} is not set: add it to the entry.")
+        return item
+    kind = next((kind for kind in (hint, *get_args(hint)) if get_origin(kind) in (tuple, dict)), None)
+    if kind is None or (value is None and NoneType in get_args(hint)):
+        return _leaf(key, value, hint)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}={value} must be a list such as [a, b].")
+        return tuple(_value(f"{key}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={value} must be a mapping such as {{a: 1}}.")
+    return {name: _value(_join(key, str(name)), item, get_args(kind)[1]) for name, item in value.items()}
 
 
 def _leaf(key: str, value: Any, hint: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The groups that say how a run goes: parallel, train, optim, data, checkpoint, run, logging, attention, fusion.
+"""The groups that say how a run goes: parallel, train, optim, lora, data, checkpoint, run, logging, attention,
+fusion.
 
 Names are Megatron-LM's where it has one. Everything that can be derived is a property, not a key.
 """
@@ -76,6 +77,28 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on linear layers (arXiv 2106.09685): W x + alpha / rank * B A x. The weights beneath are
+    frozen."""
+
+    rank: int = 0
+    """Rows of A and columns of B; 0 means no adapters."""
+    alpha: float = 16.0
+    dropout: float = 0.0
+    """On what the adapters of attention and of dense feed-forwards read; those of experts, and of a family's front and
+    back, have none."""
+    targets: tuple[str, ...] = ("decoder.layers.*",)
+    """Patterns (fnmatch) over the names of linear layers: decoder.layers.<n>.self_attention.linear_qkv and .linear_proj,
+    .mlp.linear_fc1 and .linear_fc2, .mlp.experts.experts.linear_fc1 and .linear_fc2, and those in front.* and back.*."""
+    also_train: tuple[str, ...] = ()
+    """Patterns over the names of parameters that train beside the adapters: connectors, the router."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)

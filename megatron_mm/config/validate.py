@@ -14,7 +14,7 @@ from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.model import TransfusionConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
-FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
+FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
 SHARES = {
@@ -22,6 +22,7 @@ SHARES = {
     "adam_beta2",
     "caption_first",
     "condition_dropout",
+    "dropout",
     "generation_share",
     "hidden_dropout",
     "image_first",
@@ -190,6 +191,17 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
+    lora = config.lora
+    yield (
+        lora.dropout > 0 and block is not None,
+        f"lora.dropout={lora.dropout} does not know the blocks of parallel.feed_forward_block={block}; set one of them "
+        "to 0 or null.",
+    )
+    yield (
+        lora.rank > 0 and not lora.targets,
+        f"lora.rank={lora.rank} has no layers to adapt with lora.targets=[]; name some, such as decoder.layers.*.",
+    )
+    yield lora.rank > 0 and lora.alpha == 0, "lora.alpha=0 switches the adapters off; use a number above 0."
     yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
     yield (
         config.checkpoint.async_save and config.checkpoint.save is None,

@@ -24,6 +24,7 @@ from megatron_mm.nn import attention, fusion
 from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
+from megatron_mm.parallel.lora import check_targets
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
 from megatron_mm.parallel.transformer_config import transformer_config
@@ -92,7 +93,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         for reason in parts.reasons:
             logger.info(reason)
     core = transformer_config(
-        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion
+        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
     )
     chunks = []
     for stage in range(layout.virtual_stages):
@@ -102,6 +103,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         chunk = StageModel(core, family, first, last, virtual)
         initialize(chunk, config.train.seed)
         chunks.append(chunk)
+    check_targets(chunks, config.lora)
     return chunks
 
 
@@ -153,7 +155,7 @@ class MegatronEngine:
             [batch.part for batch in batches], torch.tensor(weights, dtype=torch.float64), forward_only=False
         )
         stepped, grad_norm = clip_and_step(self.optimizer)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.schedule.get_lr({})
         if stepped:
             self.schedule.step(1)
         losses = self._global_means(sums, counts)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -18,6 +19,7 @@ from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
 from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.feed_forward import BlockwiseMLP
+from megatron_mm.parallel.lora import Adapted, LoraColumnParallelLinear, LoraRowParallelLinear
 from megatron_mm.parallel.norms import NORMS, HeadNorm
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
@@ -77,9 +79,19 @@ class PackedTransformerLayer(TransformerLayer):
         self._show_tokens(attention_mask)
         return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
 
+    @functools.cached_property
+    def _adapted(self) -> list[Adapted]:
+        """The adapted layers that see the sequence in order: all but those of experts."""
+        modules = [module for module in self.modules() if isinstance(module, Adapted)]
+        return [module for module in modules if module.lora and not module.is_expert]
+
     def _show_tokens(self, attention_mask: torch.Tensor) -> None:
-        if self.training and self.hidden_dropout > 0.0:
-            positions, keys = attention_mask[:, 3].t(), attention_mask[:, 4].t()  # [S, B]
+        if not self.training:
+            return
+        positions, keys = attention_mask[:, 3].t(), attention_mask[:, 4].t()  # [S, B]
+        for linear in self._adapted:
+            linear.show_tokens(keys, positions)
+        if self.hidden_dropout > 0.0:
             if self.config.sequence_parallel:
                 rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
                 positions, keys = positions.chunk(size)[rank], keys.chunk(size)[rank]
@@ -122,9 +134,9 @@ def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> Transfo
             self_attention=ModuleSpec(
                 module=RotarySelfAttention,
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=LoraColumnParallelLinear,
                     core_attention=SpanAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=LoraRowParallelLinear,
                     q_layernorm=head_norm(config.num_attention_heads),
                     k_layernorm=head_norm(config.num_query_groups),
                 ),
@@ -133,7 +145,7 @@ def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> Transfo
             pre_mlp_layernorm=IdentityOp if config.parallel_block else pre_norm,
             mlp=ModuleSpec(
                 module=BlockwiseMLP if config.feed_forward_block else MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear),
             ),
             mlp_bda=residual,
         ),

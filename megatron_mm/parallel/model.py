@@ -20,6 +20,7 @@ from megatron_mm.nn.fusion import rotary_table
 from megatron_mm.parallel.context.borrow import narrow, widen
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.layer import block_spec
+from megatron_mm.parallel.lora import adapt
 from megatron_mm.parallel.ops import MegatronOps
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
@@ -48,6 +49,8 @@ class StageModel(MegatronModule):
             vp_stage=virtual_stage,
         )
         self.back = family.build_back(ops).to(**options) if last else None
+        if config.lora.rank:
+            adapt(self, config.lora, config.dropout_seed)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Called by the pipeline schedule with the previous stage's output."""
@@ -75,6 +78,8 @@ class StageModel(MegatronModule):
             x = x.transpose(0, 1).contiguous()
             if self.config.sequence_parallel:
                 x = scatter_to_sequence_parallel_region(x)
+            if self._recomputes_for_frozen_front(x):
+                x = x.detach().requires_grad_()
         x = self.decoder(
             x,
             attention_mask=meta,
@@ -84,6 +89,12 @@ class StageModel(MegatronModule):
         if self.post_process and self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
         return x
+
+    def _recomputes_for_frozen_front(self, x: torch.Tensor) -> bool:
+        """Whether recomputed layers would lose their gradients: where no input needs one, megatron-core's checkpoint
+        gives none to weights either."""
+        wanted = torch.is_grad_enabled() and self.config.recompute_granularity == "full" and not x.requires_grad
+        return wanted and any(parameter.requires_grad for parameter in self.decoder.parameters())
 
     def _rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
         """`rotary_table` [S, B, 1, rotary_dim] of positions [B, S]."""

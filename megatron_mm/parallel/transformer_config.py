@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.config.schema import FusionConfig, ParallelConfig, TrainConfig
+from megatron_mm.config.schema import FusionConfig, LoraConfig, ParallelConfig, TrainConfig
 from megatron_mm.nn.fusion import feed_forward_activation
 
 EAGER = FusionConfig("eager", "torch")
@@ -28,6 +28,7 @@ class TrunkTransformerConfig(TransformerConfig):
     compiled_elementwise: bool = False
     liger_rms_norm: bool = False
     feed_forward_block: int | None = None
+    lora: LoraConfig = LoraConfig()
 
 
 def transformer_config(
@@ -37,6 +38,7 @@ def transformer_config(
     attention_backend: str,
     hides_keys: bool = True,
     fusion: FusionConfig = EAGER,
+    lora: LoraConfig = LoraConfig(),
 ) -> TrunkTransformerConfig:
     """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose."""
     full = parallel.recompute_granularity == "full"
@@ -66,6 +68,7 @@ def transformer_config(
         compiled_elementwise=compiled,
         liger_rms_norm=fusion.rms_norm == "liger",
         feed_forward_block=parallel.feed_forward_block,
+        lora=lora,
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
         init_method=_leave_as_built,
         output_layer_init_method=_leave_as_built,
