@@ -64,8 +64,9 @@ def fill(models: Sequence, weights: Mapping[str, torch.Tensor]) -> None:
     """Puts whole weights by name where each rank holds its part of them."""
     for entry in (entry for model in models for entry in model.sharded_state_dict().values()):
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            at = tuple(slice(o, o + n) for o, n in zip(part.global_offset, part.local_shape, strict=True))
-            part.data.detach().copy_(weights[part.key][at])
+            axes = part.prepend_axis_num
+            at = tuple(slice(o, o + n) for o, n in zip(part.global_offset[axes:], part.local_shape, strict=True))
+            part.data.detach().copy_(weights[part.key][part.global_offset[:axes] + at])
 
 
 def engine_of(config: Config, layout, weights: Mapping[str, torch.Tensor]) -> MegatronEngine:

@@ -73,7 +73,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     """(is it wrong, the sentence). Lazily, so that a later line may rely on what an earlier one refused."""
     parallel, train, optim, data, trunk = config.parallel, config.train, config.optim, config.data, config.model.trunk
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    cp = parallel.context_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
@@ -91,8 +91,6 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"parallel.feed_forward_block={block} must be a multiple of {tp_key} under sequence_parallel; change "
         f"one of them.",
     )
-    yield ep > 1, f"parallel.expert_model_parallel_size={ep} is not supported yet by this version; leave it at 1."
-
     model_ranks = parallel.model_parallel_size
     cut_over = f"{tp_key} x {pp_key}" + (f" x parallel.context_parallel_size={cp}" if cp > 1 else "")
     yield (
@@ -100,6 +98,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"{cut_over} needs a multiple of {model_ranks} processes, but the world size is {world_size}; start "
         f"more processes (torchrun --nproc-per-node) or lower one of them.",
     )
+    yield from _expert_contradictions(config, world_size)
     dp = world_size // model_ranks
     rows = train.micro_batch_size * dp
     yield (
@@ -222,6 +221,37 @@ def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
         model.image_first_max_timestep > model.num_train_timesteps,
         f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
         f"{model.num_train_timesteps}; lower it.",
+    )
+
+
+def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+    trunk, parallel = config.model.trunk, config.parallel
+    ep, experts = parallel.expert_model_parallel_size, trunk.num_experts
+    ep_key = f"parallel.expert_model_parallel_size={ep}"
+    yield ep > 1 and experts is None, f"{ep_key} has no experts to spread: set model.trunk.num_experts, or leave it at 1."
+    if experts is None:
+        return
+    yield experts % ep > 0, f"model.trunk.num_experts={experts} must be a multiple of {ep_key}; change one of the two."
+    ranks = world_size // parallel.pipeline_model_parallel_size
+    yield (
+        ranks % ep > 0,
+        f"{ep_key} must divide the {ranks} ranks of a pipeline stage (tensor x context x data); change it.",
+    )
+    yield (
+        not 2 <= trunk.moe_router_topk <= experts,
+        f"model.trunk.moe_router_topk={trunk.moe_router_topk} must be 2 (with 1 the softmax teaches the router nothing) "
+        f"to model.trunk.num_experts={experts}; change one of the two.",
+    )
+    tp = parallel.tensor_model_parallel_size
+    yield (
+        tp > 1 and not parallel.sequence_parallel,
+        f"model.trunk.num_experts={experts} with parallel.tensor_model_parallel_size={tp} needs "
+        "parallel.sequence_parallel=true, or each tensor rank would route every token; set it.",
+    )
+    yield (
+        parallel.feed_forward_block is not None,
+        f"parallel.feed_forward_block={parallel.feed_forward_block} does not reach into experts; leave it null with "
+        f"model.trunk.num_experts={experts}.",
     )
 
 

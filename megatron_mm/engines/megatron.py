@@ -8,7 +8,7 @@ only ever summed.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.lora import check_targets
 from megatron_mm.parallel.model import StageModel
+from megatron_mm.parallel.moe import collect_routing
 from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
 from megatron_mm.parallel.transformer_config import transformer_config
 from megatron_mm.types import PackedBatch
@@ -61,6 +62,8 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    router: dict[str, float] = field(default_factory=dict)
+    """<layer or mean>/<modality>/<expert> -> share of the modality's choices; empty without experts."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,15 @@ class MegatronEngine:
             self.schedule.step(1)
         losses = self._global_means(sums, counts)
         loss = sum(term.weight * losses[term.name] for term in self.family.terms)
-        return StepMetrics(losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped)
+        routing, coefficient = collect_routing(self.models), self.family.trunk.moe_aux_loss_coeff
+        if routing and coefficient > 0.0:
+            rows = self.config.train.global_batch_size * len(routing.layers)
+            losses["load_balancing"] = routing.balance / rows
+            loss += coefficient * losses["load_balancing"]
+        return StepMetrics(
+            losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped,
+            router=routing.shares() if routing else {},
+        )  # fmt: skip
 
     def _run(self, parts: list[HostPart], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""

@@ -34,9 +34,13 @@ def initialize(model: StageModel, seed: int) -> None:
         # The two halves of a gated layer are two shards of one matrix.
         shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         for shard in shards:
-            if len(shard.global_shape) > 1:
-                whole = _normal(f"{seed}/{shard.key}", shard.global_shape)
-                place = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
+            # Experts of a layer share a name; what stands before a matrix's own axes is the expert's number.
+            axes = shard.prepend_axis_num
+            shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
+            if len(shape) > 1:
+                number = "".join(f"/{place}" for place in shard.global_offset[:axes])
+                whole = _normal(f"{seed}/{shard.key}{number}", shape)
+                place = tuple(slice(o, o + n) for o, n in zip(offset, shard.local_shape, strict=True))
                 shard.data.copy_(whole[place] * std)
 
 

@@ -100,6 +100,7 @@ class LoraColumnParallelLinear(Adapted, ColumnParallelLinear):
     def __init__(self, *args, tp_comm_buffer_name: str | None = None, **kwargs):
         super().__init__(*args, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
         self.gated = tp_comm_buffer_name == "fc1" and self.config.gated_linear_unit
+        _mark_expert(self)
 
     def attach(self, lora: LoraConfig, name: str, seed: int) -> None:
         super().attach(lora, name, seed)
@@ -131,6 +132,10 @@ class LoraColumnParallelLinear(Adapted, ColumnParallelLinear):
 
 class LoraRowParallelLinear(Adapted, RowParallelLinear):
     """megatron-core's layer of the trunk."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _mark_expert(self)
 
     def attach(self, lora: LoraConfig, name: str, seed: int) -> None:
         super().attach(lora, name, seed)
@@ -228,6 +233,14 @@ def _mark(parameter: nn.Parameter, expert: bool, cut: bool, sequence_parallel: b
     parameter.allreduce = not expert
     parameter.tensor_model_parallel = cut
     parameter.sequence_parallel = sequence_parallel and not expert
+
+
+def _mark_expert(layer: nn.Module) -> None:
+    """An expert's gradients belong to the ranks that share the expert; megatron-core says so only where experts are
+    spread, but under TP others than those of data parallelism share it. It also makes optimizer states alike, spread
+    or not."""
+    for parameter in layer.parameters():
+        parameter.allreduce = not layer.is_expert
 
 
 def _sharded(module: nn.Module, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:

@@ -43,7 +43,7 @@ class StageModel(MegatronModule):
         self.front = family.build_front(ops).to(**options) if first else None
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, get_num_layers_to_build(config, virtual_stage)),
+            block_spec(config, get_num_layers_to_build(config, virtual_stage), virtual_stage),
             pre_process=first,
             post_process=last,
             vp_stage=virtual_stage,

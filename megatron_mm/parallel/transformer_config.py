@@ -29,6 +29,8 @@ class TrunkTransformerConfig(TransformerConfig):
     liger_rms_norm: bool = False
     feed_forward_block: int | None = None
     lora: LoraConfig = LoraConfig()
+    router_balance_scale: float = 0.0
+    """Weight of a row's balancing loss in one layer with experts."""
 
 
 def transformer_config(
@@ -82,6 +84,14 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        num_moe_experts=trunk.num_experts,
+        moe_ffn_hidden_size=trunk.ffn_size if trunk.num_experts else None,
+        moe_layer_freq=trunk.moe_layer_freq,
+        moe_router_topk=trunk.moe_router_topk,
+        moe_token_dispatcher_type=trunk.moe_token_dispatcher_type,
+        moe_router_load_balancing_type="none",
+        router_balance_scale=trunk.moe_aux_loss_coeff / (train.global_batch_size * max(trunk.moe_layers, 1)),
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if full else None,

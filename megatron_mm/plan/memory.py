@@ -36,9 +36,11 @@ def parameters(config: Config, vocab_size: int) -> tuple[float, float]:
     """(weights of one rank at most, weights of the whole trunk with embedding and head), without norms and biases."""
     trunk, parallel = config.model.trunk, config.parallel
     embedding = vocab_size * trunk.hidden_size
-    stage = trunk.num_layers / parallel.pipeline_model_parallel_size * trunk.layer_weights
-    ends = embedding * (2 if parallel.pipeline_model_parallel_size == 1 else 1)
-    return (stage + ends) / parallel.tensor_model_parallel_size, trunk.num_layers * trunk.layer_weights + 2 * embedding
+    pp = parallel.pipeline_model_parallel_size
+    ends = embedding * (2 if pp == 1 else 1)
+    shared = (trunk.shared_weights / pp + ends) / parallel.tensor_model_parallel_size
+    experts = (trunk.trunk_weights - trunk.shared_weights) / pp / parallel.expert_model_parallel_size
+    return shared + experts, trunk.trunk_weights + 2 * embedding
 
 
 def estimate(config: Config, vocab_size: int, world_size: int) -> Memory:
