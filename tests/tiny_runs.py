@@ -69,6 +69,12 @@ MODEL["showo_flow"] = [
     "model.flow_layers=1",
 ]
 MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
+MODEL["transfusion_experts"] = [
+    *MODEL["transfusion"],
+    "model.trunk.num_experts=4",
+    "model.trunk.moe_layer_freq=2",
+    "model.trunk.moe_aux_loss_coeff=0.05",
+]
 PHI = [
     "model.trunk.normalization=LayerNorm",
     "model.trunk.activation=gelu",

@@ -31,13 +31,7 @@ LAYOUTS = {
     "micro_batch_2": (1, ["train.micro_batch_size=2"]),
 }
 FAST = ("ep2", "ep2_in_tp2")
-EXPERTS = [
-    "model.trunk.num_experts=4",
-    "model.trunk.moe_layer_freq=2",
-    "model.trunk.moe_aux_loss_coeff=0.05",
-    "train.train_iters=8",
-    "optim.lr=1e-2",
-]
+SHORT = ["train.train_iters=8", "optim.lr=1e-2"]
 FP64 = ["train.precision=fp64", PLAIN]
 
 
@@ -48,7 +42,7 @@ def baseline(shards, tmp_path_factory):
     def get(*extra):
         if extra not in runs:
             folder = tmp_path_factory.mktemp("baseline")
-            runs[extra] = run_training(overrides_for("transfusion", shards, folder, *EXPERTS, *extra))
+            runs[extra] = run_training(overrides_for("transfusion_experts", shards, folder, *SHORT, *extra))
         return runs[extra]
 
     return get
@@ -68,7 +62,7 @@ def test_one_curve(name, precision, shards, tmp_path, baseline):
     if precision == "fp64" and name == "ep2_overlap":
         pytest.skip("fp64 has no distributed optimizer, and overlap needs it")
     extra = FP64 if precision == "fp64" else []
-    steps = run_training(overrides_for("transfusion", shards, tmp_path, *EXPERTS, *overrides, *extra), world_size)
+    steps = run_training(overrides_for("transfusion_experts", shards, tmp_path, *SHORT, *overrides, *extra), world_size)
     assert_same_curve(steps, baseline(*extra), *((1e-9, 1e-9) if extra else (1e-5, 1e-4)))
 
 
