@@ -57,6 +57,22 @@ def test_one_curve(name, precision, shards, tmp_path, baseline):
     assert_same_curve(steps, baseline(*extra), *((1e-9, 1e-9) if extra else (1e-5, 1e-4)))
 
 
+EXPERTS = ["lora.targets=[decoder.layers.*]", "lora.also_train=[decoder.layers.*.router.weight]"]
+EP2 = "parallel.expert_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[EP2, TP, SP], pytest.param([TP, SP], marks=pytest.mark.slow), pytest.param([EP2], marks=pytest.mark.slow)],
+    ids=["ep2_in_tp2", "tp2", "ep2"],
+)
+def test_adapters_of_experts(overrides, shards, tmp_path):
+    run = [*LORA, *FP64, *EXPERTS]
+    expected = run_training(overrides_for("transfusion_experts", shards, tmp_path / "one", *run))
+    steps = run_training(overrides_for("transfusion_experts", shards, tmp_path / "cut", *run, *overrides), 2)
+    assert_same_curve(steps, expected, 1e-9, 1e-9)
+
+
 def test_the_curve_depends_on_the_adapters_dropout(shards, tmp_path, baseline):
     steps = run_training(overrides_for("transfusion", shards, tmp_path, *LORA, "lora.dropout=0.0"))
     with pytest.raises(AssertionError):
