@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import Config, compose, from_dict_config, to_yaml
-from megatron_mm.config.model import ChameleonConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.files import replacing
 from megatron_mm.data.tokenizer import load_tokenizer
@@ -33,9 +32,9 @@ from megatron_mm.engines.derived import checkpoint_config, merge_lora
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
-from megatron_mm.interop.chameleon_config import check_trunk, config_to_hf, overrides_from_hf
-from megatron_mm.interop.chameleon_weights import VQ_PREFIX, rules, weights_from_hf, weights_to_hf
 from megatron_mm.interop.peft import adapters_to_peft, config_to_peft
+from megatron_mm.interop.registry import CONVERTERS
+from megatron_mm.interop.rules import VQ_PREFIX, check_trunk
 from megatron_mm.interop.safetensors_folder import SafetensorsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
 
@@ -53,13 +52,17 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     if (out / TRACKER).exists():
         raise CheckpointError(f"out={out} already holds a checkpoint: choose another folder, or remove it.")
     hf = _read_json(src / "config.json")
-    tokenizer = src / "tokenizer.json"
-    derived = ["run.name=converted", "data.path=data", *overrides_from_hf(hf)]
+    kind, tokenizer = hf.get("model_type"), src / "tokenizer.json"
+    if kind not in CONVERTERS:
+        raise ValueError(f"config.json has model_type={kind}, but only {' and '.join(CONVERTERS)} can be converted.")
+    converter = CONVERTERS[kind]
+    described = converter.overrides_from_hf(hf, _read_json(tokenizer) if tokenizer.exists() else {})
+    derived = ["run.name=converted", "data.path=data", *described]
     derived += [f"data.tokenizer='{tokenizer.absolute()}'"] if tokenizer.exists() else []
-    derived += [] if any(o.startswith("model=") for o in overrides) else ["model=chameleon"]
+    derived += [] if any(o.startswith("model=") for o in overrides) else [f"model={kind}"]
     config = compose([*derived, *overrides])
     validate(config, world_size=1)
-    check_trunk(config.model.trunk)
+    check_trunk(config.model.trunk, converter.trunk, kind.capitalize())
     vocab = _vocabulary(config)
     tensors = SafetensorsFolder(src)
     _make_folder(out)
@@ -69,7 +72,7 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
         save_safetensors(out / VQ_FILE, image_tokenizer)
         logger.info("%s is no part of our trunk: kept as %s", VQ_PREFIX.rstrip("."), out / VQ_FILE)
     with single_process(torch.device("cpu")):
-        save_whole_weights(out, weights_from_hf(tensors, config.model, vocab.size), to_yaml(config))
+        save_whole_weights(out, converter.weights_from_hf(tensors, config.model, vocab.size), to_yaml(config))
     logger.info("converted %s to %s", src, out)
     return config
 
@@ -82,16 +85,17 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     """
     path = resolve(checkpoint)
     config = from_dict_config(OmegaConf.create(common_state(path)["config"]))
-    if not isinstance(config.model, ChameleonConfig):
-        raise ValueError(f"{path} is a {config.model.family} model, but to_hf converts only chameleon.")
     if config.lora.rank:
         raise ValueError(f"{path} holds LoRA adapters: merge_lora merges them first, and to_peft exports them alone.")
+    if config.model.family not in CONVERTERS:
+        raise ValueError(f"{path} is a {config.model.family} model, but to_hf converts only {_known()}.")
+    converter = CONVERTERS[config.model.family]
     vocab = _vocabulary(config)
     original = path.parent / CONFIG_FILE
-    hf = config_to_hf(config.model, vocab, _read_json(original) if original.exists() else {})
+    hf = converter.config_to_hf(config.model, vocab, _read_json(original) if original.exists() else {})
     with single_process(torch.device("cpu")):
         weights = load_whole_weights(path)
-    tensors = dict(weights_to_hf(weights, config.model, vocab.size))
+    tensors = dict(converter.weights_to_hf(weights, config.model, vocab.size))
     if (path.parent / VQ_FILE).exists():
         tensors |= load_file(path.parent / VQ_FILE)
     else:
@@ -110,13 +114,14 @@ def to_peft(checkpoint: Path, out: Path) -> None:
         ValueError: the checkpoint has no adapters, or Hugging Face does not have its model.
     """
     config = checkpoint_config(checkpoint)
-    if not isinstance(config.model, ChameleonConfig):
-        raise ValueError(f"{checkpoint} is a {config.model.family} model, but to_peft converts only chameleon.")
+    if config.model.family not in CONVERTERS:
+        raise ValueError(f"{checkpoint} is a {config.model.family} model, but to_peft converts only {_known()}.")
     if not config.lora.rank:
         raise ValueError(f"{checkpoint} has no LoRA adapters: it was written with lora.rank=0.")
     with single_process(torch.device("cpu")):
         weights = load_whole_weights(checkpoint)
-    tensors = dict(adapters_to_peft(weights, rules(config.model, _vocabulary(config).size)))
+    rules = CONVERTERS[config.model.family].rules(config.model, _vocabulary(config).size)
+    tensors = dict(adapters_to_peft(weights, rules))
     _make_folder(out)
     save_safetensors(out / "adapter_model.safetensors", tensors)
     _write_json(out / "adapter_config.json", config_to_peft(config.lora, tensors))
@@ -152,6 +157,10 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"{direction} takes only {' and '.join(needed)}: leave out {others[0]}.")
     else:
         FROM_CHECKPOINT[direction](Path(given["checkpoint"]), Path(given["out"]))
+
+
+def _known() -> str:
+    return " and ".join(CONVERTERS)
 
 
 def _vocabulary(config: Config) -> Vocabulary:

@@ -34,6 +34,7 @@ from megatron_mm.report.samples import samples_sections, write_document
 from megatron_mm.report.sheet import draw_sheet
 from megatron_mm.report.summary import Score, describe, training_summary
 from megatron_mm.run_folder import read_run_config
+from megatron_mm.sampling.generation import SAMPLERS
 from megatron_mm.sampling.model import SamplingModel
 
 
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str]) -> None:
         greedy = SamplingConfig(seed=config.seed, temperature=0.0, max_new_tokens=32, batch_size=100)
         captioned = write_captions(model, held_out[: config.captions], greedy)
         status.update("writing a document")
-        document = write_document(model, config.start, settings)
+        interleaves = "interleaved" in SAMPLERS[model.family.name].modes
+        document = write_document(model, config.start, settings) if interleaves else None
         seconds = time.perf_counter() - began
         status.update("drawing pictures")
         draw_sheet(samples_sections(drawn, captioned, document, config.start), folder / "samples.png")

@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.generate import GenerateConfig, parse
 from megatron_mm.data.files import replacing
+from megatron_mm.parallel.distributed import is_first_rank
 from megatron_mm.report.gallery import gallery
 from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.model import SamplingModel
-from megatron_mm.types import ImageSegment, Segment, TextSegment
+from megatron_mm.types import Segment, TextSegment
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -37,10 +38,12 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is no folder: choose another name.")
-    with SamplingModel.load(config.checkpoint) as model:
-        image = [ImageSegment(model.codec.encode(picture))] if picture else []
+    with SamplingModel.load(config.checkpoint, parallel=config.parallel) as model:
+        image = [model.read_image(picture)] if picture else []
         texts = [TextSegment(model.tokenizer.encode(text)) for text in config.prompt]
         documents = _generate(model, [[*image, text] for text in texts] or [image], config)
+        if not is_first_rank():
+            return
         out.mkdir(parents=True, exist_ok=True)
         lines = [_write(model, segments, config, number) for number, segments in enumerate(documents)]
     with replacing(out / "samples.jsonl") as temporary:
@@ -57,8 +60,9 @@ def main(arguments: Sequence[str]) -> None:
 def _generate(model: SamplingModel, prompts: list[list[Segment]], config: GenerateConfig) -> list[list[Segment]]:
     """`generate` with a progress bar where there is a terminal."""
     console = Console(stderr=True)
+    hidden = not (console.is_terminal and is_first_rank())
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=len(prompts) * config.num_samples)
         show = lambda finished, activity: bar.update(task, completed=finished, description=activity)  # noqa: E731
         return generate(model, prompts, config.effective_mode, config, show)

@@ -13,35 +13,39 @@ from yaml import YAMLError
 from megatron_mm.config.compose import Config, ConfigError, from_dict_config, to_yaml
 from megatron_mm.data.files import replacing
 
-_SAME_ON_RESUME = ("model", "optim", "data.path", "data.tokenizer", "data.seq_length", "data.window", "train.seed",
-                   "train.global_batch_size")  # fmt: skip
+_SAME_ON_RESUME = ("model", "optim", "data.path", "data.sources", "data.blend_by", "data.tokenizer", "data.seq_length",
+                   "data.window", "train.seed", "train.global_batch_size")  # fmt: skip
 """What defines a run. Layout, precision, micro-batches, logging and the like may change on the way; the number of
 iterations too, where it does not set the learning rate's decay."""
 
 
-def open_run_folder(config: Config) -> bool:
-    """Makes run.dir ready as run.if_exists says. Returns whether an earlier run there is to be continued.
+def continues(config: Config) -> bool:
+    """Whether an earlier run in run.dir is to be continued, as run.if_exists says. Writes nothing.
 
     Raises:
         ConfigError: there is a run already and nothing says what to do with it, or it is not this config's.
     """
     folder = Path(config.run.dir)
-    saved = folder / "config.yaml"
-    if not saved.exists():
-        _write_config(config, saved)
+    if not (folder / "config.yaml").exists() or config.run.if_exists == "restart":
         return False
     if config.run.if_exists == "error":
         raise ConfigError(
             f"run.dir={folder} already holds a run: run.if_exists=resume continues it, run.if_exists=restart moves it "
             "aside and starts over, another run.name keeps both."
         )
-    if config.run.if_exists == "restart":
-        folder.rename(_free_name(folder))
-        _write_config(config, saved)
-        return False
     _refuse_other_run(config, read_run_config(folder), folder)
-    _write_config(config, saved)
     return True
+
+
+def open_run_folder(config: Config) -> bool:
+    """Makes run.dir ready, moving an earlier run aside where run.if_exists says so. Returns what `continues` does
+    and raises as it."""
+    folder = Path(config.run.dir)
+    resume = continues(config)
+    if not resume and (folder / "config.yaml").exists():
+        folder.rename(_free_name(folder))
+    _write_config(config, folder / "config.yaml")
+    return resume
 
 
 def read_run_config(folder: Path) -> Config:

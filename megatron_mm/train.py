@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,19 +16,23 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.cli import run
 from megatron_mm.config.compose import Config, to_yaml
+from megatron_mm.config.schema import DataConfig
 from megatron_mm.config.validate import validate
-from megatron_mm.data.dataset import open_data, write_ledger
+from megatron_mm.data.dataset import LedgerEntry, open_data, write_ledger
 from megatron_mm.data.loader import DataState, Step, StepLoader
+from megatron_mm.data.plan import Plan
+from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_weights
 from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
+from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import agree, on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
 from megatron_mm.report.plots import plot_losses
-from megatron_mm.run_folder import open_run_folder
+from megatron_mm.run_folder import continues, open_run_folder
 
 
 class StopSignal:
@@ -47,11 +50,28 @@ class StopSignal:
 def main(config: Config) -> None:
     stop = StopSignal()
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    device = start_device()
+    with process_groups(config.parallel, config.train.seed, device) as layout:
+        train(config, layout, device, stop)
+
+
+def start_device() -> torch.device:
+    """This rank's device, its threads set."""
     device = pick_device()
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with process_groups(config.parallel, config.train.seed, device) as layout:
-        train(config, layout, device, stop)
+    return device
+
+
+def open_run(config: Config) -> tuple[Family, Plan, SampleReader, list[LedgerEntry]]:
+    """The run's family and its data.
+
+    Raises:
+        ValueError: see `build_family` and `open_data`.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    family = build_family(config.model, tokenizer.size)
+    return family, *open_data(config.data, config.model.image, family, tokenizer, config.train.seed)
 
 
 def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal) -> list[StepMetrics]:
@@ -64,15 +84,12 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     logging.basicConfig(level=logging.INFO if layout.rank == 0 else logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    family = build_family(config.model, tokenizer.size)
-    data = partial(open_data, config.data, config.model.image, family, tokenizer, config.train.seed)
-    on_first_rank(lambda: bool(data()))  # writes the index, which the other ranks then find
-    plan, reader, ledger = data()
+    on_first_rank(lambda: bool(open_run(config)))  # writes the index, which the other ranks then find
+    family, plan, reader, ledger = open_run(config)
     on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
-    resume = on_first_rank(lambda: open_run_folder(config))
-
+    on_first_rank(lambda: continues(config))
     engine = MegatronEngine(config, family, layout, device)
+    resume = on_first_rank(lambda: open_run_folder(config))
     checkpoint = Checkpointer(
         engine, config.checkpoint.save or folder, config.checkpoint.keep, config.checkpoint.async_save
     )
@@ -93,7 +110,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
         write_ledger(folder / "ledger.jsonl", ledger)
         run_config = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
         writer = MetricsWriter(folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters)
-        _announce(writer, config, layout, device, plan, ledger, iteration)
+        _announce(writer, engine, plan, ledger, iteration)
     extra = {"config": to_yaml(config)}
     steps, saved = [], iteration
     last = min(config.train.train_iters, config.train.exit_interval or config.train.train_iters)
@@ -126,11 +143,20 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     return steps
 
 
-def _announce(writer: MetricsWriter, config: Config, layout: Layout, device, plan, ledger, iteration: int) -> None:
-    writer.say(f"> {config.run.name}: {config.model.family} on {device.type}, {layout.describe()}")
-    writer.say(f"> {len(plan.lengths)} documents in {config.data.path}, {len(ledger)} left out (ledger.jsonl)")
+def _announce(writer: MetricsWriter, engine: MegatronEngine, plan: Plan, ledger: list, iteration: int) -> None:
+    config = engine.config
+    writer.say(f"> {config.run.name}: {config.model.family} on {engine.device.type}, {engine.layout.describe()}")
+    writer.say(f"> {len(plan.lengths)} documents in {_sources(config.data)}, {len(ledger)} left out (ledger.jsonl)")
+    writer.say("> trainable: {:,} of {:,} parameters".format(*engine.trained_of))
     if iteration:
         writer.say(f"> resuming after iteration {iteration}")
+
+
+def _sources(data: DataConfig) -> str:
+    """Where the documents come from, with each source's share in percent."""
+    whole = sum(source.weight for source in data.sources)
+    shares = [f"{source.path} ({source.task}, {source.weight / whole:.1%})" for source in data.sources]
+    return f"{', '.join(shares)} of {data.blend_by}" if shares else str(data.path)
 
 
 def _row(config, family, layout, device, iteration: int, step: Step, metrics: StepMetrics, seconds: float) -> dict:

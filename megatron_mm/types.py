@@ -96,8 +96,8 @@ class PackedBatch:
 
     tokens int64 [B, S].
     meta int32 [B, 6, S], the only thing that every transformer layer sees: rows 0-2 the interval mask (lo, hi, until)
-      in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key, row 5
-      its kind (0 is padding, 1 and on the modality).
+      in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key,
+      row 5 the kind (0 is padding, from 1 on the modality).
     fields: name -> tensor [B, S, ...], read by the family's front, back and counts only.
     images int32 [M, 4]: (row, first position, grid height, grid width) of every image span.
     documents, real_tokens: how many documents and non-padding tokens the rows hold.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -38,6 +40,23 @@ def run_ranks(fn, world_size: int, *args) -> list:
                 errors.append(f"rank {rank}: exit code {process.exitcode}")
         assert not errors, "\n".join(errors)
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def kill_when(condition, fn, *args) -> None:
+    """Starts `fn(*args)` and, when `condition()` holds, kills all its processes at once, as a failing machine."""
+
+    def session() -> None:
+        os.setsid()
+        fn(*args)
+
+    process = multiprocessing.get_context("fork").Process(target=session)
+    process.start()
+    deadline = time.monotonic() + 120
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert time.monotonic() < deadline, "the moment to kill never came"
 
 
 def _rank_main(fn, rank: int, world_size: int, folder: str, args: tuple) -> None:

@@ -1,4 +1,4 @@
-"""The demo's report from end to end: tiny models of both families on a few made-up digits, and the user's mistakes."""
+"""The demo's report from end to end: tiny models of every family on a few made-up digits, and the user's mistakes."""
 
 import json
 import os
@@ -51,7 +51,11 @@ def digits(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [("transfusion", ["data.image_tokenizer=pixels"]), ("chameleon", ["data.image_tokenizer=data/mnist/codebook.npz"])],
+    [
+        ("transfusion", ["data.image_tokenizer=pixels"]),
+        ("chameleon", ["data.image_tokenizer=data/mnist/codebook.npz"]),
+        ("janus", ["data.image_tokenizer=data/mnist/codebook.npz"]),
+    ],
 )
 def test_report(digits, family, overrides):
     run = digits / "runs" / family

@@ -14,6 +14,7 @@ from tiny_models import config_for
 
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import to_yaml
+from megatron_mm.data.codebook import fit_patch_codebook
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.megatron import MegatronEngine
@@ -71,6 +72,23 @@ def test_image_to_text_and_interleaved(checkpoint, tmp_path):
         assert sample["image"].endswith("red.png")
         assert all(set(part) in ({"text"}, {"image"}) for part in sample["segments"])
         assert "data:image/png;base64," in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_janus_draws_and_reads_but_does_not_interleave(tmp_path):
+    fit_patch_codebook([Image.new("L", (8, 8), value) for value in range(0, 256, 5)], 16, 2, 1, 8, 8, 0).save(
+        tmp_path / "codebook.npz"
+    )
+    config = config_for("janus", tmp_path, "parallel.use_distributed_optimizer=false")
+    run_ranks(save, 1, config, tmp_path / "checkpoints")
+    _, (drawn,) = generate(tmp_path / "checkpoints", tmp_path / "drawn", "prompt=a cat", "cfg_scale=2")
+    with Image.open(tmp_path / "drawn" / drawn["segments"][0]["image"]) as image:
+        assert (image.size, image.mode) == ((8, 8), "L")
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
+    arguments = [f"image={tmp_path / 'red.png'}", "prompt=this is"]
+    _, (read,) = generate(tmp_path / "checkpoints", tmp_path / "read", *arguments)
+    assert [set(part) for part in read["segments"]] in ([], [{"text"}])
+    with pytest.raises(AssertionError, match="mode=interleaved is not what a janus model is trained for"):
+        generate(tmp_path / "checkpoints", tmp_path / "both", "prompt=x", "mode=interleaved")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small real dataset of pictures and text, and runs of tiny models of all families on it."""
+"""A small real dataset of pictures and text, and runs of tiny models of every family on it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +9,15 @@ from distributed import run_ranks
 from PIL import Image
 
 from megatron_mm.config.compose import compose
+from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.codebook import fit_patch_codebook
 from megatron_mm.data.shards import Record, write_shards
+from megatron_mm.engines.whole_weights import load_whole_weights
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.train import StopSignal, train
 
-FAMILIES = ("transfusion", "chameleon", "showo", "mmada", "showo_flow")
+FAMILIES = ("transfusion", "chameleon", "janus", "showo", "mmada", "showo_flow")
 SIDE = 8
 COMMON = [
     "run.name=test",
@@ -47,6 +49,15 @@ MODEL = {
         "model.image={channels: 1, height: 4, width: 4}",
         "model.image_codes=16",
         "model.trunk.norm_placement=swin",
+        "data.image_tokenizer={folder}/codebook.npz",
+    ],
+    "janus": [
+        "model=janus_tiny",
+        "model.trunk.init_method_std=0.1",  # or what the encoder sees hardly reaches the loss
+        "model.image={channels: 1, height: 4, width: 4}",
+        "model.image_codes=16",
+        f"model.encoder.image_size={SIDE}",
+        "model.encoder.patch_size=2",
         "data.image_tokenizer={folder}/codebook.npz",
     ],
 }
@@ -122,3 +133,14 @@ def _train(init_kwargs: dict, config) -> list[dict]:
     device = torch.device("cpu")
     with process_groups(config.parallel, config.train.seed, device, **init_kwargs) as layout:
         return [asdict(step) for step in train(config, layout, device, StopSignal())]
+
+
+def saved_weights(run_dir: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Every whole weight of a run's checkpoint, by its name there."""
+    (weights,) = run_ranks(_saved_weights, 1, run_dir / f"checkpoints/iter_{iteration:07d}")
+    return weights
+
+
+def _saved_weights(init_kwargs: dict, folder: Path) -> dict[str, torch.Tensor]:
+    with process_groups(ParallelConfig(), 0, torch.device("cpu"), **init_kwargs):
+        return {name: weight.clone() for name, weight in load_whole_weights(folder).items()}

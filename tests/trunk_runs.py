@@ -24,11 +24,12 @@ from megatron_mm.types import Document
 
 VOCAB, PADDED, LENGTH, Z_WEIGHT = 300, 384, 24, 0.1
 CPU = torch.device("cpu")
+NO_LORA = LoraConfig()
 KEYS = ((5, 6), (7,))
 """Dropout keys of `documents`."""
 
 
-def config_of(trunk: TrunkConfig, precision: str = "fp32", lora: LoraConfig = LoraConfig(), **parallel) -> Config:
+def config_of(trunk: TrunkConfig, precision: str = "fp32", lora: LoraConfig = NO_LORA, **parallel) -> Config:
     """Learning rate 0 and no clipping: a step leaves weights and gradients as they are."""
     return Config(
         model=ChameleonConfig(trunk=trunk, image_codes=16, vocab_size=VOCAB, z_loss_weight=Z_WEIGHT),

@@ -46,8 +46,10 @@ class SyntheticSamples:
         return self._family.length(sum(texts), len(texts), len(sample.segments) - len(texts))
 
     def _draw_image(self, rng: np.random.Generator) -> ImageSegment:
-        if codes := self._family.vocab.image_codes:
-            return ImageSegment(rng.integers(codes, size=self._family.grid))
+        pixels = self._family.pixels
+        if codes := self._family.image_codes:
+            seen = rng.uniform(-1, 1, (3, pixels.height, pixels.width)).astype(np.float32) if pixels else None
+            return ImageSegment(rng.integers(codes, size=self._family.grid), seen)
         shape = (self._image.channels, self._image.height, self._image.width)
         return ImageSegment(rng.standard_normal(shape, dtype=np.float32))
 

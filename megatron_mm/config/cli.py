@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import TracebackType
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_mm.config.compose import CONFIG_MODULE, CONFIG_NAME, Config, ConfigError, explain, from_dict_config
 
@@ -33,6 +34,11 @@ def run(task: Callable[[Config], None]) -> None:
         # Hydra then raises its errors instead of printing them, so that they can be explained.
         os.environ[FULL_ERROR] = "1"
         main()
+
+
+def overrides() -> list[str]:
+    """What the command line says of keys and groups, word for word, for a task that `run` has called."""
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 @contextmanager

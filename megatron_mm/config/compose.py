@@ -6,17 +6,22 @@ YAML and command line meet in Hydra; everything behind this file reads dataclass
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from megatron_mm.config.flow import ShowoFlowConfig
+from megatron_mm.config.janus import JanusConfig
 from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
 from megatron_mm.config.schema import (
@@ -32,10 +37,11 @@ from megatron_mm.config.schema import (
     TrainConfig,
 )
 
-ModelConfig = TransfusionConfig | ChameleonConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
+ModelConfig = TransfusionConfig | ChameleonConfig | JanusConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
 FAMILIES: dict[str, type[ModelConfig]] = {
     "transfusion": TransfusionConfig,
     "chameleon": ChameleonConfig,
+    "janus": JanusConfig,
     "showo": ShowoConfig,
     "showo_flow": ShowoFlowConfig,
     "mmada": MMaDAConfig,
@@ -55,7 +61,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. Each attribute is one Hydra group."""
+    """A whole run. Each attribute but the last is one Hydra group."""
 
     model: ModelConfig = TransfusionConfig()
     data: DataConfig = DataConfig()
@@ -68,6 +74,8 @@ class Config:
     attention: AttentionConfig = AttentionConfig()
     fusion: FusionConfig = FusionConfig()
     lora: LoraConfig = LoraConfig()
+    stages: tuple[str, ...] = ()
+    """Options of the group `stage`, which `megatron_mm.stages` runs one after the other."""
 
 
 def compose(overrides: list[str]) -> Config:
@@ -76,8 +84,10 @@ def compose(overrides: list[str]) -> Config:
     Raises:
         ConfigError: an unknown key or option, a value of the wrong type, a key that is not set.
     """
+    # Within a task of `cli.run` Hydra is up already, with the same groups.
+    running = GlobalHydra.instance().is_initialized()
     try:
-        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        with nullcontext() if running else hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             cfg = hydra.compose(CONFIG_NAME, overrides)
     except HydraException as error:
         raise explain(error) from error
@@ -111,9 +121,11 @@ def explain(error: HydraException) -> ConfigError:
         prefix, _, name = str(cause.full_key).rpartition(".")
         return _unknown(prefix, name, [str(key) for key in cause.parent_node or () if key != "hydra"])
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        meant = _did_you_mean(option, error.options, f"{group}=")
-        return ConfigError(f"{group}={option} does not exist{meant}; options: {', '.join(error.options)}.")
+        group, _, option = str(error.missing_cfg_file).partition("/")
+        folder = Path(str(files(CONFIG_MODULE))) / group
+        options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+        meant = _did_you_mean(option, options, f"{group}=")
+        return ConfigError(f"{group}={option} does not exist{meant}; options: {', '.join(options)}.")
     text = ": ".join(str(error).partition("\nSee ")[0].splitlines()).rstrip(".")
     return ConfigError(f"{text}; an override is written key=value.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mm.config.arguments import read_yaml, split, with_values
 from megatron_mm.config.compose import ConfigError
 from megatron_mm.config.fields import choice
+from megatron_mm.config.schema import ParallelConfig
 
 MODES = ("text_to_image", "image_to_text", "interleaved")
 
@@ -21,9 +22,12 @@ class SamplingConfig:
     """Continuations of each prompt."""
     seed: int = 0
     cfg_scale: float | None = None
-    """Classifier-free guidance of images; 1 is none. null: 3 where the model saw images without captions, else 1."""
+    """Classifier-free guidance of images; 1 is none. null: the family's own where the model saw images without
+    captions, else 1."""
     steps: int | None = None
     """Denoising steps of an image. null: the family's own, 250 of Transfusion and 50 of masked codes."""
+    block_length: int = 64
+    """Text tokens that masked diffusion finishes before it begins the next ones (MMaDA)."""
     tokens_per_step: int = 1
     """Text tokens that masked diffusion takes at a time (MMaDA)."""
     temperature: float = 0.7
@@ -45,10 +49,21 @@ class GenerateConfig(SamplingConfig):
     """One text, [a list, of texts], or @FILE with a text a line."""
     image: str | None = None
     """Picture that leads every prompt."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer; with the next the number of processes (torchrun)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
     out: str = "samples"
     """Folder for the PNGs, samples.jsonl and index.html."""
     mode: str = choice("auto", *MODES)
     """`auto`: a prompt alone becomes an image, an image (and its prompt) is continued as text."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+        )
 
     @property
     def effective_mode(self) -> str:

@@ -49,7 +49,7 @@ class MMaDAConfig:
     """Of answers."""
     text_block: int = 64
     """Answers end in EOS up to a multiple of this, so that the number of masks does not give their length away;
-    sampling finishes one such block after the other."""
+    sampling adds as many masks at a time."""
     generation_share: float = 0.5
     """Share of caption-image pairs that teach text to image; the others teach image to text."""
     condition_dropout: float = 0.1

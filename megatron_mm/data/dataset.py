@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from megatron_mm.config.model import ImageConfig
-from megatron_mm.config.schema import DataConfig
+from megatron_mm.config.schema import DataConfig, SourceConfig
+from megatron_mm.data.blend import Blend
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.files import replacing
 from megatron_mm.data.image_codec import ImageCodec
 from megatron_mm.data.image_codecs import load_image_codec
-from megatron_mm.data.index import Index, build_index
+from megatron_mm.data.index import Index, build_index, joined
 from megatron_mm.data.plan import Plan
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.tokenizer import Tokenizer
@@ -28,8 +30,6 @@ class Ids(Protocol):
 
     @property
     def pad(self) -> int: ...
-    @property
-    def image_codes(self) -> int: ...
 
 
 class Layout(Protocol):
@@ -39,6 +39,10 @@ class Layout(Protocol):
     def vocab(self) -> Ids: ...
     @property
     def fields(self) -> Mapping[str, FieldSpec]: ...
+    @property
+    def image_codes(self) -> int: ...
+    @property
+    def pixels(self) -> ImageConfig | None: ...
     def length(self, text_tokens: int, texts: int, images: int) -> int: ...
     def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
 
@@ -66,7 +70,8 @@ def document_lengths(index: Index, layout: Layout) -> np.ndarray:
 def open_data(
     data: DataConfig, image: ImageConfig, layout: Layout, tokenizer: Tokenizer, seed: int
 ) -> tuple[Plan, SampleReader, list[LedgerEntry]]:
-    """The plan of `data.path`, the reader of its samples, and the documents left out as too long.
+    """The plan of `data.path` or the blend of `data.sources`, the reader of its samples, and the documents left out as
+    too long.
 
     Raises:
         ValueError: missing or damaged shards, an image tokenizer that does not fit the model, or documents that do not
@@ -76,12 +81,28 @@ def open_data(
         raise ValueError(f"data.overlong={data.overlong!r} must be 'error' or 'skip'.")
     codec = load_image_codec(data, image)
     _check_codes(codec, layout, data)
-    index = build_index(data.path, tokenizer)
-    if not len(index):
-        raise ValueError(f"The shards of data.path={data.path} hold no samples.")
+    sources, parts = data.sources or (SourceConfig(str(data.path)),), []
+    for number, source in enumerate(sources):
+        key = f"data.sources[{number}].path" if data.sources else "data.path"
+        parts.append(build_index(source.path, tokenizer, key))
+        if not len(parts[-1]):
+            raise ValueError(f"The shards of {key}={source.path} hold no samples.")
+    index = joined(parts)
     lengths = document_lengths(index, layout)
     ledger = _fit(index, lengths, data, image, layout)
-    return Plan(lengths, data.seq_length, seed, data.window), SampleReader(index, tokenizer, codec), ledger
+    firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    tasks = [(first, source.task) for first, source in zip(firsts, sources, strict=False)]
+    reader = SampleReader(index, tokenizer, codec, layout.pixels, tasks)
+    if len(sources) == 1:
+        return Plan(lengths, data.seq_length, seed, data.window), reader, ledger
+    for number, (first, end) in enumerate(pairwise(firsts)):
+        if (lengths[first:end] > data.seq_length).all():
+            raise ValueError(
+                f"No document of data.sources[{number}].path={sources[number].path} fits into data.seq_length="
+                f"{data.seq_length}: raise it, or take the source out."
+            )
+    sizes, weights = [len(part) for part in parts], [source.weight for source in sources]
+    return Blend(lengths, data.seq_length, seed, data.window, sizes, weights, data.blend_by), reader, ledger
 
 
 def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
@@ -91,7 +112,7 @@ def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
 
 
 def _check_codes(codec: ImageCodec, layout: Layout, data: DataConfig) -> None:
-    expected = layout.vocab.image_codes
+    expected = layout.image_codes
     if bool(codec.codes) != bool(expected):
         reads, want = (
             ("codes", "the path of a codebook (*.npz)")

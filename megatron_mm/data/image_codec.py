@@ -19,6 +19,12 @@ from megatron_mm.nn.patch import patchify, unpatchify
 MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels."""
 
+GREY = (127, 127, 127)
+"""Padding of `square_pixels`."""
+
+LEAST_SIDE = 14
+"""A very long picture's short side is stretched to so many pixels (Janus's own)."""
+
 
 class ImageCodec(Protocol):
     """`codes` is the number of image codes, 0 for a continuous codec; `limit` the largest magnitude that a continuous
@@ -60,19 +66,42 @@ class PixelCodec:
         return self
 
     def encode(self, image: Image.Image) -> np.ndarray:
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        image = image.convert(MODES[self.channels])
+        image = _opaque(image).convert(MODES[self.channels])
         if image.size != (self.width, self.height):
             image = image.resize((self.width, self.height), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image, dtype=np.float32).reshape(self.height, self.width, self.channels)
-        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return np.subtract(pixels / 127.5, 1, dtype=np.float32)
+        return _to_array(image)
 
     def decode(self, array: np.ndarray) -> np.ndarray:
         pixels = np.clip(np.rint((array.transpose(1, 2, 0) + 1) * 127.5), 0, 255)
         return np.asarray(pixels, dtype=np.uint8)
+
+
+def square_pixels(image: Image.Image, side: int) -> np.ndarray:
+    """A picture for a vision encoder, float32 [3, side, side] in [-1, 1], by Janus's rule: the longer side becomes
+    `side` (bicubic), the shorter one keeps the proportions and is padded with grey on both ends."""
+    image = _opaque(image).convert("RGB")
+    scale = side / max(image.size)
+    width, height = (max(round(length * scale), min(LEAST_SIDE, side)) for length in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side), GREY)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return _to_array(square)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """With transparency laid on white."""
+    if not image.has_transparency_data:
+        return image
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+
+
+def _to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W] or [H, W, C] as float32 [C, H, W] in [-1, 1]."""
+    pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.subtract(pixels / 127.5, 1, dtype=np.float32)
 
 
 class PatchVQCodec:

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -72,23 +73,41 @@ class Index:
 ARRAYS = tuple(f.name for f in fields(Index) if f.name not in ("shards", "shard"))
 
 
-def build_index(folder: str | Path, tokenizer: Tokenizer) -> Index:
+def build_index(folder: str | Path, tokenizer: Tokenizer, key: str = "data.path") -> Index:
     """The index of all `*.tar` of `folder`, in order of name; scans only what has no valid index yet.
+
+    Args:
+        key: the configuration key that names the folder, for errors.
 
     Raises:
         ValueError: no folder, no shards, a corrupt shard, or a sample that is not as `megatron_mm.data.shards` says.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"data.path={folder} is no folder. Prepare shards first: python -m megatron_mm.data.prepare.")
+        raise ValueError(f"{key}={folder} is no folder. Prepare shards first: python -m megatron_mm.data.prepare.")
     shards = tuple(sorted(folder.glob("*.tar")))
     if not shards:
-        raise ValueError(f"data.path={folder} holds no shards (*.tar). Name the folder that holds them directly.")
+        raise ValueError(f"{key}={folder} holds no shards (*.tar). Name the folder that holds them directly.")
     parts = [_shard_index(shard, tokenizer) for shard in shards]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in ARRAYS if name != "starts"}
-    counts = np.concatenate([np.diff(part["starts"]) for part in parts])
-    shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part["keys"]) for part in parts])
-    return Index(shards=shards, shard=shard, starts=np.concatenate([[0], counts.cumsum()]), **joined)
+    return joined(
+        [
+            Index((shard,), np.zeros(len(part["keys"]), np.int32), **part)
+            for shard, part in zip(shards, parts, strict=True)
+        ]
+    )
+
+
+def joined(parts: Sequence[Index]) -> Index:
+    """The samples of `parts` one after the other, as one index."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS if name != "starts"}
+    counts = np.concatenate([np.diff(part.starts) for part in parts])
+    firsts = np.cumsum([0, *(len(part.shards) for part in parts[:-1])], dtype=np.int32)
+    return Index(
+        shards=tuple(shard for part in parts for shard in part.shards),
+        shard=np.concatenate([part.shard + first for part, first in zip(parts, firsts, strict=True)]),
+        starts=np.concatenate([[0], counts.cumsum()]),
+        **arrays,
+    )
 
 
 def _shard_index(shard: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:

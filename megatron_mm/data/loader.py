@@ -98,8 +98,9 @@ class StepLoader(Generic[Batch]):
         fingerprint = plan.fingerprint
         if state.plan not in ("", fingerprint):
             raise ValueError(
-                "The checkpoint's place in the data belongs to another plan: the shards of data.path, the tokenizer, "
-                "data.seq_length, data.window, the seed or the model's layout changed. Restore them or start anew."
+                "The checkpoint's place in the data belongs to another plan: the shards, the sources and their shares, "
+                "the tokenizer, data.seq_length, data.window, the seed or the model's layout changed. Restore them or "
+                "start anew."
             )
         self._plan, self._reader, self._layout, self._seed = plan, reader, layout, seed
         self._prepare = prepare
@@ -134,11 +135,11 @@ class StepLoader(Generic[Batch]):
         packs = list(islice(self._walk, self._global_batch_size))
         size = self._micro_batch_size
         futures = [
-            self._threads.submit(self._read, [(epoch, uids) for epoch, uids, _ in packs[k : k + size]])
+            self._threads.submit(self._read, [(uids, epochs) for uids, epochs, _ in packs[k : k + size]])
             for k in range(self._dp_rank * size, len(packs), self._dp_size * size)
         ]
-        documents = sum(len(uids) for _, uids, _ in packs)
-        tokens = int(sum(self._plan.lengths[list(uids)].sum() for _, uids, _ in packs))
+        documents = sum(len(uids) for uids, _, _ in packs)
+        tokens = int(sum(self._plan.lengths[list(uids)].sum() for uids, _, _ in packs))
         self._submitted = replace(
             self._submitted,
             **asdict(packs[-1][2]),
@@ -147,9 +148,9 @@ class StepLoader(Generic[Batch]):
         )
         self._ahead.append((futures, self._submitted, documents, tokens))
 
-    def _read(self, rows: list[tuple[int, Pack]]) -> Batch:
+    def _read(self, rows: list[tuple[Pack, Pack]]) -> Batch:
         """One micro-batch, in a thread."""
-        streams = [[Streams(self._seed, uid, epoch) for uid in uids] for epoch, uids in rows]
+        streams = [[Streams(self._seed, *each) for each in zip(*row, strict=True)] for row in rows]
         documents = [[self._lay_out(stream) for stream in row] for row in streams]
         keys = [[stream.dropout_key for stream in row] for row in streams]
         packed = pack(documents, self._plan.seq_length, self._layout.fields, self._layout.vocab.pad, keys)

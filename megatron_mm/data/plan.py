@@ -99,7 +99,7 @@ class Plan:
         assert (lengths <= seq_length).any(), "no document fits"
         self.lengths, self.seq_length, self.seed, self.window = lengths, seq_length, seed, window
         self.documents = int((lengths <= seq_length).sum())
-        self.windows = -(-self.documents // window)
+        self.windows: float = -(-self.documents // window)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._packs: tuple[tuple[int, int], list[Pack]] = ((-1, -1), [])
 
@@ -119,17 +119,19 @@ class Plan:
             self._packs = ((epoch, window), pack_window(self._epoch[1], *args))
         return self._packs[1]
 
-    def walk(self, start: Position) -> Iterator[tuple[int, Pack, Position]]:
-        """(epoch, pack, position of the next pack) from `start` on, across windows and epochs, for ever."""
+    def rows(self, epoch: int, window: int) -> list[tuple[Pack, Pack]]:
+        """All packs of one window, each with the epochs that its documents' random streams are of."""
+        return [(pack, (epoch,) * len(pack)) for pack in self.packs(epoch, window)]
+
+    def walk(self, start: Position) -> Iterator[tuple[Pack, Pack, Position]]:
+        """(pack, epochs of its documents, position of the next pack) from `start` on, across windows and epochs, for
+        ever."""
         at = start
         while True:
-            packs = self.packs(at.epoch, at.window)
-            epoch = at.epoch
-            for i in range(at.pack, len(packs)):
-                if i + 1 < len(packs):
-                    at = replace(at, pack=i + 1)
-                elif at.window + 1 < self.windows:
-                    at = Position(at.epoch, at.window + 1)
-                else:
-                    at = Position(at.epoch + 1)
-                yield epoch, packs[i], at
+            rows = self.rows(at.epoch, at.window)
+            last = at.window + 1 >= self.windows
+            following = Position(at.epoch + 1) if last else Position(at.epoch, at.window + 1)
+            for i in range(at.pack, len(rows)):
+                at = replace(at, pack=i + 1) if i + 1 < len(rows) else following
+                yield *rows[i], at
+            at = following

@@ -1,4 +1,4 @@
-"""Turns a corpus into shards: python -m megatron_mm.data.prepare {mnist,emoji,folder,html} --out DIR [options].
+"""Turns a corpus into shards: python -m megatron_mm.data.prepare {mnist,emoji,folder,html,questions} --out DIR [options].
 
 Writes DIR/train and DIR/val, the image tokenizers that the source fits (DIR/codebook.npz, DIR/vae.pt), and at last
 the card DIR/dataset.json (counts, options, licence). With the card in place a second call does nothing; `--force`
@@ -22,7 +22,7 @@ from megatron_mm.data.files import replacing
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.sources.base import Source
 
-SOURCES = ("mnist", "emoji", "folder", "html")
+SOURCES = ("mnist", "emoji", "folder", "html", "questions")
 """Modules of `megatron_mm.data.sources`, each with `add_arguments(parser)` and `load(args) -> Source`."""
 
 

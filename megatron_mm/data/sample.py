@@ -6,11 +6,14 @@ import functools
 import io
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from megatron_mm.data.image_codec import ImageCodec
+from megatron_mm.config.model import ImageConfig
+from megatron_mm.data.image_codec import ImageCodec, square_pixels
 from megatron_mm.data.index import Index
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.types import ImageSegment, Sample, Segment, TextSegment
@@ -20,10 +23,21 @@ OPEN_SHARDS = 256
 
 
 class SampleReader:
-    """Random access to the samples of an index. Safe to share between threads."""
+    """Random access to the samples of an index. Safe to share between threads. `pixels` as in `read_image`.
 
-    def __init__(self, index: Index, tokenizer: Tokenizer, codec: ImageCodec):
-        self.index, self.tokenizer, self.codec = index, tokenizer, codec
+    tasks: (first uid, task) of each source in the index, in order.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        tokenizer: Tokenizer,
+        codec: ImageCodec,
+        pixels: ImageConfig | None = None,
+        tasks: Sequence[tuple[int, str]] = ((0, "auto"),),
+    ):
+        self.index, self.tokenizer, self.codec, self.pixels = index, tokenizer, codec, pixels
+        self._firsts, self._tasks = zip(*tasks, strict=True)
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
 
     def read(self, uid: int) -> Sample:
@@ -42,7 +56,8 @@ class SampleReader:
             segments, meta = self._segments(head, images, bool(index.paired[uid]))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{index.path(uid)}, sample {index.key(uid)!r}, cannot be read: {error}") from error
-        return Sample(uid, index.key(uid), segments, meta)
+        task = self._tasks[bisect_right(self._firsts, uid) - 1]
+        return Sample(uid, index.key(uid), segments, meta, task)
 
     def _segments(self, head: bytes, images: list[bytes], paired: bool) -> tuple[tuple[Segment, ...], dict]:
         if paired:
@@ -58,7 +73,12 @@ class SampleReader:
         return TextSegment(self.tokenizer.encode(text))
 
     def _image(self, content: bytes) -> ImageSegment:
-        return ImageSegment(self.codec.encode(Image.open(io.BytesIO(content))))
+        return read_image(Image.open(io.BytesIO(content)), self.codec, self.pixels)
+
+
+def read_image(image: Image.Image, codec: ImageCodec, pixels: ImageConfig | None) -> ImageSegment:
+    """A picture as the model reads it; `pixels` is the size for its vision encoder, None where it has none."""
+    return ImageSegment(codec.encode(image), square_pixels(image, pixels.height) if pixels else None)
 
 
 class _Shard:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -161,9 +162,11 @@ class Checkpointer:
         model = _model_state(self.engine.models)
         for part in self.engine.optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer, part.config)  # before the first step there are no moments to save
+        optimizer = self.engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+        _keep_empty_groups_out(optimizer)
         return {
             "model": model,
-            "optimizer": self.engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA),
+            "optimizer": optimizer,
             "schedule": self.engine.schedule.state_dict(),
             "distributed_optimizer": self.engine.config.parallel.use_distributed_optimizer,
         }
@@ -218,6 +221,16 @@ class Checkpointer:
         if self.keep:
             for old in sorted(self.folder.glob("iter_*"))[: -self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_empty_groups_out(optimizer: dict[str, Any]) -> None:
+    """Groups of master weights that are empty on this stage, since nothing of them trains here, are not stored.
+
+    megatron-core would store rank 0's empty ones as common values, which then clash with another stage's.
+    """
+    for part in (optimizer, *(part for part in optimizer.values() if isinstance(part, dict))):
+        if groups := part.get("fp32_from_fp16_params"):
+            part["fp32_from_fp16_params"] = [group or LocalNonpersistentObject([]) for group in groups]
 
 
 def _model_state(models: list) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from megatron_mm.parallel.lora import check_targets
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.parallel.moe import collect_routing
 from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
+from megatron_mm.parallel.trainable import freeze
 from megatron_mm.parallel.transformer_config import transformer_config
 from megatron_mm.types import PackedBatch
 
@@ -111,11 +112,15 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
 
 
 class MegatronEngine:
-    """Model chunks under DDP, optimizer and schedule of one rank."""
+    """Model chunks under DDP, optimizer and schedule of one rank.
+
+    trained_of: (numbers that train, all numbers) in the parameters of the whole model.
+    """
 
     def __init__(self, config: Config, family: Family, layout: Layout, device: torch.device):
         self.config, self.family, self.layout, self.device = config, family, layout, device
         self.models = build_chunks(config, family, layout, device)
+        self.trained_of = freeze(self.models, config.optim)
         parallel = config.parallel
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -158,7 +163,7 @@ class MegatronEngine:
             [batch.part for batch in batches], torch.tensor(weights, dtype=torch.float64), forward_only=False
         )
         stepped, grad_norm = clip_and_step(self.optimizer)
-        learning_rate = self.schedule.get_lr({})
+        learning_rate = self.schedule.get_lr({})  # of parameters that no multiplier names
         if stepped:
             self.schedule.step(1)
         losses = self._global_means(sums, counts)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from megatron_mm.config.model import TrunkConfig, VocabularyConfig
+from megatron_mm.config.model import ImageConfig, SpecialsConfig, TrunkConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.types import Document, FieldSpec, LossTerm, PackedBatch, Sample
@@ -59,8 +59,11 @@ class Vocabulary:
         )
 
     @staticmethod
-    def at(ids: VocabularyConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:
+    def at(ids: SpecialsConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:
         """A converted model's vocabulary, whose ids are given; text has every entry that nothing else takes.
+
+        Args:
+            ids: a `VocabularyConfig` where there are image codes.
 
         Raises:
             ValueError: an id or the size is not given, or they contradict each other.
@@ -73,7 +76,8 @@ class Vocabulary:
             raise ValueError(
                 "model.vocabulary is set, so model.vocab_size must be too: give the number of all entries."
             )
-        codes = range(ids.image_start, ids.image_start + image_codes)
+        start = named.setdefault("image_start", size)
+        codes = range(start, start + image_codes)
         specials = [value for name, value in named.items() if name != "image_start"]
         needed = max(text_size, codes.stop, *(special + 1 for special in specials))
         if needed > size:
@@ -91,6 +95,10 @@ class Family(Protocol):
     name: str
     trunk: TrunkConfig
     vocab: Vocabulary
+    image_codes: int
+    """Codes of the image tokenizer that the family reads, wherever their ids are; 0: it reads pixels or latents."""
+    pixels: ImageConfig | None
+    """Size of the pictures that a vision encoder reads besides (`ImageSegment.pixels`); None where there is none."""
     terms: tuple[LossTerm, ...]
     fields: dict[str, FieldSpec]
     causal: bool

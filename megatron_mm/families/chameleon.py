@@ -7,17 +7,18 @@ Loss = cross-entropy + z_loss_weight * (log Z)^2, both over every next token, wi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from megatron_mm.config.model import ChameleonConfig, TrunkConfig, VocabularyConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
+from megatron_mm.families.layout import arrange, next_token_labels, open_end, prompt_end, token_sequence
 from megatron_mm.families.tokens import TokenFront, image_ids
 from megatron_mm.mask import causal
 from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.types import IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample
+from megatron_mm.types import IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample, Segment
 
 
 class Chameleon:
@@ -27,11 +28,13 @@ class Chameleon:
     causal = True
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config = config
         self.trunk = config.trunk
         self.vocab = _vocabulary(config, text_vocab_size)
+        self.image_codes = config.image_codes
         self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
         self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
 
@@ -51,16 +54,14 @@ class Chameleon:
             ValueError: an image is not a grid of codes of the configured size and range.
         """
         arrangement = arrange(sample, streams, 1 - self.config.image_first, self.config.condition_dropout)
-        tokens, images = token_sequence(
-            arrangement.segments, self.vocab, lambda segment: image_ids(sample, segment, self.config.image, self.vocab)
-        )
-        return Document(sample.uid, tokens, causal(len(tokens)), {"labels": next_token_labels(tokens)}, images)
+        tokens, images = self._sequence(sample, arrangement.segments)
+        labels = next_token_labels(tokens)
+        labels[: max(prompt_end(sample, lambda given: self._sequence(sample, given)[0]) - 1, 0)] = IGNORE
+        return Document(sample.uid, tokens, causal(len(tokens)), {"labels": labels}, images)
 
     def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
         """See `Family.lay_out_prompt`; raises as `lay_out` does."""
-        tokens, images = token_sequence(
-            sample.segments, self.vocab, lambda segment: image_ids(sample, segment, self.config.image, self.vocab)
-        )
+        tokens, images = self._sequence(sample, sample.segments)
         tokens = open_end(tokens, self.vocab, open_image)
         return Document(sample.uid, tokens, causal(len(tokens)), {}, images)
 
@@ -73,6 +74,10 @@ class Chameleon:
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return ChameleonBack(self.trunk, self.vocab, ops)
+
+    def _sequence(self, sample: Sample, segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
+        image = self.config.image
+        return token_sequence(segments, self.vocab, lambda segment: image_ids(sample, segment, image, self.vocab))
 
 
 def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.types import IGNORE, ImageSegment, Sample, Segment, TextSegment
@@ -23,30 +24,81 @@ class Arrangement:
 def arrange(sample: Sample, streams: Streams, caption_first: float, condition_dropout: float) -> Arrangement:
     """Draw the order of a pair (exactly one text and one image), and whether a leading caption is left out.
 
-    Other documents keep their own order.
+    Other documents, and those that begin with a prompt, keep their own order.
     """
+    pair = pair_of(sample)
+    if pair is None:
+        return Arrangement(sample.segments)
+    text, image = pair
+    if streams.generator("order").random() >= caption_first:
+        return Arrangement((image, text), image_first=True)
+    if streams.generator("condition").random() < condition_dropout:
+        return Arrangement((image,))
+    return Arrangement((text, image))
+
+
+def pair_of(sample: Sample) -> tuple[TextSegment, ImageSegment] | None:
+    """Caption and image of a sample that has nothing else, in whatever order, and gives neither."""
     texts = [segment for segment in sample.segments if isinstance(segment, TextSegment)]
     images = [segment for segment in sample.segments if isinstance(segment, ImageSegment)]
-    if len(texts) != 1 or len(images) != 1:
-        return Arrangement(sample.segments)
-    if streams.generator("order").random() >= caption_first:
-        return Arrangement((images[0], texts[0]), image_first=True)
-    if streams.generator("condition").random() < condition_dropout:
-        return Arrangement((images[0],))
-    return Arrangement((texts[0], images[0]))
+    return (texts[0], images[0]) if len(texts) == len(images) == 1 and not prompt_segments(sample) else None
+
+
+def image_codes(sample: Sample, segment: ImageSegment, image: ImageConfig, count: int) -> np.ndarray:
+    """The codes of `segment`, int64 [h, w].
+
+    Raises:
+        ValueError: they are not a grid of `image`'s height and width with values below `count`.
+    """
+    codes = segment.data
+    if codes.shape != (image.height, image.width) or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(
+            f"Sample {sample.key!r} has an image of {codes.dtype} {list(codes.shape)}, but model.image says "
+            f"integer codes [{image.height}, {image.width}]. Change model.image or data.image_tokenizer."
+        )
+    if codes.min() < 0 or codes.max() >= count:
+        raise ValueError(
+            f"Sample {sample.key!r} has image codes from {codes.min()} to {codes.max()}, but "
+            f"model.image_codes={count}. Set it to the image tokenizer's codebook size."
+        )
+    return codes.astype(np.int64)
 
 
 def task_of(sample: Sample, streams: Streams, generation_share: float) -> str:
     """What a sample teaches: `text` (there is no image), `understanding` or `generation` (a pair of one text and one
-    image; drawn where the sample does not say), or `interleaved` (any other document)."""
-    images = sum(isinstance(segment, ImageSegment) for segment in sample.segments)
+    image; drawn where the sample does not say), or `interleaved` (any other document). An image whose question is given
+    teaches understanding too."""
+    images = [number for number, segment in enumerate(sample.segments) if isinstance(segment, ImageSegment)]
     if not images:
         return "text"
-    if images != 1 or len(sample.segments) != 2:
+    if prompt_segments(sample):
+        return "understanding" if images == [0] else "interleaved"
+    if pair_of(sample) is None:
         return "interleaved"
     if sample.task != "auto":
         return sample.task
     return "generation" if streams.generator("task").random() < generation_share else "understanding"
+
+
+def prompt_segments(sample: Sample) -> int:
+    """How many leading segments of a sample are given and have no loss: `prompt_segments` of its meta data.
+
+    Raises:
+        ValueError: it is no whole number, or leaves no segment to learn.
+    """
+    count = sample.meta.get("prompt_segments", 0)
+    if type(count) is not int or not 0 <= count < max(len(sample.segments), 1):
+        raise ValueError(
+            f"Sample {sample.key!r} has prompt_segments={count!r} in its meta data: it must be a whole number that "
+            f"leaves at least one of its {len(sample.segments)} segments to learn."
+        )
+    return count
+
+
+def prompt_end(sample: Sample, sequence: Callable[[tuple[Segment, ...]], np.ndarray]) -> int:
+    """Where what is given ends: its position in the sample's tokens. `sequence` makes tokens, EOS included."""
+    count = prompt_segments(sample)
+    return len(sequence(sample.segments[:count])) - 1 if count else 0
 
 
 def drop_condition(

@@ -28,9 +28,10 @@ class MaskedFamily:
     causal = False
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
-        self.trunk, self.image = config.trunk, config.image
+        self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
         self.vocab = Vocabulary.after_text(
             text_vocab_size, config.image_codes, config.vocab_size, ("t2i", "mmu", "mask")
         )
@@ -65,7 +66,7 @@ class MaskedFamily:
 
     def positions(self, text_tokens: int, texts: int, images: int) -> int:
         """Those of a document that leaves nothing out."""
-        names_task = images == 1 and texts == 1
+        names_task = images == 1
         return 2 + names_task + text_tokens + images * (2 + self.image.height * self.image.width)
 
     def count(self, terms: torch.Tensor) -> dict[str, int]:

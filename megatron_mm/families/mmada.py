@@ -21,7 +21,7 @@ import numpy as np
 from megatron_mm.config.masked import MMaDAConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.masking import mask_image, mask_text
-from megatron_mm.families.layout import drop_condition, open_task, task_of
+from megatron_mm.families.layout import drop_condition, open_task, prompt_end, prompt_segments, task_of
 from megatron_mm.families.masked import LM, MMU, NO_TERM, T2I, TERM, MaskedFamily
 from megatron_mm.mask import full
 from megatron_mm.types import IGNORE, Document, FieldSpec, PackedBatch, Sample
@@ -56,7 +56,7 @@ class MMaDA(MaskedFamily):
         task = task_of(sample, streams, self.config.generation_share)
         segments = drop_condition(sample.segments, task, streams, self.config.condition_dropout)
         if task == "interleaved":
-            segments = segments[: _answer(len(segments), streams) + 1]
+            segments = segments[: _answer(sample, streams) + 1]
         tokens, images = self.sequence(sample, task, segments)
         behind = int(images[-1, 0] + images[-1, 1] * images[-1, 2] + 1) if len(images) else 0
         generator = streams.generator("mask")
@@ -66,7 +66,8 @@ class MMaDA(MaskedFamily):
             masked = first + np.flatnonzero(mask_image(h * w, generator))
             fields = _fields(tokens, masked, T2I, 1.0, masked)
         else:
-            first = behind + (task != "interleaved") or 1  # behind BOS, wherever it stands
+            given = prompt_end(sample, lambda given: self.sequence(sample, task, given)[0])
+            first = max(behind + (task != "interleaved") or 1, given)  # behind BOS, wherever it stands
             if task != "text":
                 tokens = np.append(tokens, np.full((first - len(tokens)) % self.config.text_block, self.vocab.eos))
             answer = np.arange(first, len(tokens))
@@ -90,9 +91,10 @@ class MMaDA(MaskedFamily):
         return self.count(batch.fields["counted"])
 
 
-def _answer(segments: int, streams: Streams) -> int:
-    """Which segment of an interleaved document is the answer: any but the first, which has nothing to go by."""
-    return int(streams.generator("answer").integers(1, segments)) if segments > 1 else 0
+def _answer(sample: Sample, streams: Streams) -> int:
+    """Which segment of an interleaved document is the answer: any but the first, or behind those that are given."""
+    first, segments = max(prompt_segments(sample), 1), len(sample.segments)
+    return int(streams.generator("answer").integers(first, segments)) if segments > first else 0
 
 
 def _fields(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from megatron_mm.config.compose import ModelConfig
 from megatron_mm.families.base import Family
 from megatron_mm.families.chameleon import Chameleon
+from megatron_mm.families.janus import Janus
 from megatron_mm.families.mmada import MMaDA
 from megatron_mm.families.showo import Showo
 from megatron_mm.families.showo_flow import ShowoFlow
@@ -14,6 +15,7 @@ from megatron_mm.families.transfusion import Transfusion
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "chameleon": Chameleon,
+    "janus": Janus,
     "mmada": MMaDA,
     "showo": Showo,
     "showo_flow": ShowoFlow,

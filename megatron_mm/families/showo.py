@@ -20,7 +20,7 @@ import numpy as np
 from megatron_mm.config.masked import ShowoConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.masking import mask_image
-from megatron_mm.families.layout import drop_condition, next_token_labels, open_task, task_of
+from megatron_mm.families.layout import drop_condition, next_token_labels, open_task, prompt_end, task_of
 from megatron_mm.families.masked import LM, MMU, NO_TERM, T2I, TERM, MaskedFamily
 from megatron_mm.mask import with_spans
 from megatron_mm.types import IGNORE, Document, FieldSpec, PackedBatch, Sample
@@ -53,6 +53,7 @@ class Showo(MaskedFamily):
         labels, term = next_token_labels(tokens), np.full(n, LM if task == "text" else MMU, dtype=np.int8)
         for first, end in spans:
             labels[first : end - (task == "interleaved")] = IGNORE  # EOI predicts what text comes next, BOS nobody does
+        labels[: max(prompt_end(sample, lambda given: self.sequence(sample, task, given)[0]) - 1, 0)] = IGNORE
         if task == "generation":
             labels[:] = IGNORE
         if task == "generation" or (task == "interleaved" and spans[-1][1] == n - 1):

@@ -27,6 +27,7 @@ from megatron_mm.families.layout import (
     in_task_order,
     next_token_labels,
     open_end,
+    prompt_end,
     task_of,
     token_sequence,
 )
@@ -54,6 +55,8 @@ class ShowoFlow:
     causal = False
     hides_keys = False
     whole_images = True
+    image_codes = 0
+    pixels = None
 
     def __init__(self, config: ShowoFlowConfig, text_vocab_size: int) -> None:
         self.config = config
@@ -97,6 +100,7 @@ class ShowoFlow:
         labels = next_token_labels(tokens)
         for first, h, w in images.tolist():
             labels[first - 2 : first + h * w] = IGNORE
+        labels[: max(prompt_end(sample, lambda given: self._sequence(sample, given, None)[0]) - 1, 0)] = IGNORE
         if task == "generation":
             labels[:] = IGNORE
         return Document(sample.uid, tokens, _mask(len(tokens), images), {**fields, "labels": labels}, images)

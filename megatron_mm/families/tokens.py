@@ -8,28 +8,14 @@ from torch import nn
 
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.families.base import Vocabulary
+from megatron_mm.families.layout import image_codes
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.types import ImageSegment, PackedBatch, Sample
 
 
 def image_ids(sample: Sample, segment: ImageSegment, image: ImageConfig, vocab: Vocabulary) -> np.ndarray:
-    """The ids int64 [h, w] of an image's codes.
-
-    Raises:
-        ValueError: it is not a grid of codes of the configured size and range.
-    """
-    codes = segment.data
-    if codes.shape != (image.height, image.width) or not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(
-            f"Sample {sample.key!r} has an image of {codes.dtype} {list(codes.shape)}, but model.image says "
-            f"integer codes [{image.height}, {image.width}]. Change model.image or data.image_tokenizer."
-        )
-    if codes.min() < 0 or codes.max() >= vocab.image_codes:
-        raise ValueError(
-            f"Sample {sample.key!r} has image codes from {codes.min()} to {codes.max()}, but "
-            f"model.image_codes={vocab.image_codes}. Set it to the image tokenizer's codebook size."
-        )
-    return codes.astype(np.int64) + vocab.image_start
+    """The ids int64 [h, w] of an image's codes. Raises as `image_codes` does."""
+    return image_codes(sample, segment, image, vocab.image_codes) + vocab.image_start
 
 
 class TokenFront(nn.Module):

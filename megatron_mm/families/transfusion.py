@@ -20,7 +20,7 @@ from torch import nn
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, open_end, token_sequence
+from megatron_mm.families.layout import arrange, next_token_labels, open_end, prompt_end, token_sequence
 from megatron_mm.families.patches import images_of
 from megatron_mm.mask import with_spans
 from megatron_mm.nn.diffusion import DDPMSchedule
@@ -44,6 +44,8 @@ class Transfusion:
     name = "transfusion"
     causal = False
     hides_keys = False
+    image_codes = 0
+    pixels = None
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)
@@ -82,9 +84,8 @@ class Transfusion:
             ValueError: an image is not of the configured size.
         """
         arrangement = arrange(sample, streams, self.config.caption_first, self.config.condition_dropout)
-        tokens, images = token_sequence(
-            arrangement.segments, self.vocab, lambda segment: np.full(self.grid, self.vocab.pad)
-        )
+        blank = lambda segment: np.full(self.grid, self.vocab.pad)  # noqa: E731
+        tokens, images = token_sequence(arrangement.segments, self.vocab, blank)
         n = len(tokens)
         patches, noise = np.zeros((2, n, self.patch_dim), dtype=np.float32)
         timestep = np.full(n, NO_PATCH, dtype=np.int32)
@@ -100,6 +101,8 @@ class Transfusion:
         labels = next_token_labels(tokens)
         for first, end in spans:
             labels[first - 1 : end] = IGNORE
+        given = prompt_end(sample, lambda segments: token_sequence(segments, self.vocab, blank)[0])
+        labels[: max(given - 1, 0)] = IGNORE
         fields = {"patches": patches, "noise": noise, "timestep": timestep, "labels": labels}
         return Document(sample.uid, tokens, with_spans(n, spans), fields, images)
 

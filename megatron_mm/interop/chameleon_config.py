@@ -6,24 +6,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mm.config.model import ChameleonConfig, TrunkConfig
+from megatron_mm.config.model import ChameleonConfig
 from megatron_mm.families.base import Vocabulary
+from megatron_mm.interop.rules import LLAMA, check_trunk
 
 logger = logging.getLogger(__name__)
 
 QK_NORM_EPSILON = 1e-5
 """Hugging Face's QK-norm has this one whatever `rms_norm_eps` says."""
 
-TRUNK = {
-    "qk_layernorm": True,
-    "layernorm_epsilon": QK_NORM_EPSILON,
-    "normalization": "RMSNorm",
-    "activation": "swiglu",
-    "add_bias_linear": False,
-    "parallel_block": False,
-    "rotary_percent": 1.0,
-    "head_bias": False,
-}
+TRUNK = LLAMA | {"qk_layernorm": True, "layernorm_epsilon": QK_NORM_EPSILON}
 """What Hugging Face's Chameleon has of a trunk, without a choice."""
 
 _DEFAULTS = {
@@ -81,24 +73,14 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_trunk(trunk: TrunkConfig) -> None:
-    """Raises ValueError, in one sentence, unless Hugging Face's Chameleon can hold such a trunk."""
-    for key, value in TRUNK.items():
-        if (ours := getattr(trunk, key)) != value:
-            raise ValueError(
-                f"model.trunk.{key}={_written(ours)}, but Hugging Face's Chameleon always has {_written(value)}: this "
-                "model cannot be converted."
-            )
-
-
 def config_to_hf(model: ChameleonConfig, vocab: Vocabulary, original: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model; what we do not know (image tokenizer, vocabulary map) is taken from `original`, if any.
 
     Raises:
-        ValueError: the model's trunk is not one that Hugging Face's can be; see `check_trunk`.
+        ValueError: the model's trunk is not one that Hugging Face's can be.
     """
     trunk = model.trunk
-    check_trunk(trunk)
+    check_trunk(trunk, TRUNK, "Chameleon")
     ours = {
         "architectures": ["ChameleonForConditionalGeneration"],
         "model_type": "chameleon",
@@ -152,11 +134,6 @@ def _vocabulary_overrides(hf: Mapping[str, Any]) -> list[str]:
     vq = hf.get("vq_config") or {}
     side = vq.get("resolution", 512) // 2 ** (len(vq.get("channel_multiplier") or [1] * 5) - 1)
     return [*found, f"model.image.height={side}", f"model.image.width={side}"]
-
-
-def _written(value: str | float | bool) -> str:
-    """As in YAML."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _code(name: str) -> int:

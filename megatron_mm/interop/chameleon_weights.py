@@ -1,146 +1,32 @@
-"""Chameleon's weights between Hugging Face's names and ours, as pure functions.
-
-Both sides keep RoPE half-split and QK-norm a row per head, so weights are only renamed, joined and padded: no number
-changes, and the way back is bit-exact. One tensor is converted at a time. The image tokenizer (`model.vqmodel.*`) is no
-part of the trunk and is not touched here.
-
-Shape legend: H heads, G key/value heads, Dh head size, D hidden size.
-"""
+"""Chameleon's weights between Hugging Face's names and ours; both sides keep QK-norm a row per head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping
 
 import torch
-import torch.nn.functional as F
 
 from megatron_mm.config.model import ChameleonConfig
-from megatron_mm.parallel.ops import padded_vocab_size
-
-VQ_PREFIX = "model.vqmodel."
-"""Hugging Face's image tokenizer."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of our weights, the Hugging Face weights it is made of (name -> shape), and the way there and back."""
-
-    name: str
-    sources: dict[str, tuple[int, ...]]
-    join: Callable[..., torch.Tensor]
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.join(*(torch.empty(shape, device="meta") for shape in self.sources.values())).shape
+from megatron_mm.interop.rules import Rule, convert_in, convert_out, trunk_rules, vocabulary
 
 
 def rules(model: ChameleonConfig, vocab_size: int) -> Iterator[Rule]:
     """A rule for every weight of the model."""
-    trunk = model.trunk
-    hidden, heads, groups, size = trunk.hidden_size, trunk.num_attention_heads, trunk.kv_heads, trunk.head_dim
-    padding = padded_vocab_size(vocab_size) - vocab_size
-
-    def same(name: str, source: str, *shape: int) -> Rule:
-        return Rule(name, {source: shape}, lambda w: w, lambda w: (w,))
-
-    def vocabulary(name: str, source: str) -> Rule:
-        pad, cut = (lambda w: F.pad(w, (0, 0, 0, padding))), (lambda w: (w[:vocab_size],))
-        return Rule(name, {source: (vocab_size, hidden)}, pad, cut)
-
-    def join_qkv(*parts: torch.Tensor) -> torch.Tensor:
-        """q [H * Dh, D], k and v [G * Dh, D] -> megatron-core's [G * (H / G + 2) * Dh, D], group by group."""
-        return torch.cat([part.reshape(groups, -1, hidden) for part in parts], 1).flatten(0, 1)
-
-    def split_qkv(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = weight.view(groups, -1, hidden).split([heads // groups * size, size, size], 1)
-        return tuple(part.flatten(0, 1) for part in parts)
-
-    swin = trunk.norm_placement == "swin"
-    attention_norm, mlp_norm = (
-        ("self_attn_bda.norm", "mlp_bda.norm") if swin else ("input_layernorm", "pre_mlp_layernorm")
-    )
-    qkv = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
-    ffn_shape = (trunk.ffn_size, hidden)
-    yield vocabulary("front.embedding.weight", "model.embed_tokens.weight")
-    yield vocabulary("back.head.weight", "lm_head.weight")
-    yield same("decoder.final_layernorm.weight", "model.norm.weight", hidden)
-    for n in range(trunk.num_layers):
-        ours, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
-        attention, their_attention = f"{ours}.self_attention", f"{theirs}.self_attn"
-        yield same(f"{ours}.{attention_norm}.weight", f"{theirs}.input_layernorm.weight", hidden)
-        yield same(f"{ours}.{mlp_norm}.weight", f"{theirs}.post_attention_layernorm.weight", hidden)
-        yield Rule(
-            f"{attention}.linear_qkv.weight",
-            {f"{their_attention}.{part}.weight": (count * size, hidden) for part, count in qkv.items()},
-            join_qkv,
-            split_qkv,
-        )
-        for kind in ("weight", "bias"):
-            yield same(f"{attention}.q_layernorm.{kind}", f"{their_attention}.q_norm.{kind}", heads, size)
-            yield same(f"{attention}.k_layernorm.{kind}", f"{their_attention}.k_norm.{kind}", groups, size)
-        yield same(f"{attention}.linear_proj.weight", f"{their_attention}.o_proj.weight", hidden, hidden)
-        yield Rule(
-            f"{ours}.mlp.linear_fc1.weight",
-            {f"{theirs}.mlp.{part}_proj.weight": ffn_shape for part in ("gate", "up")},
-            lambda gate, up: torch.cat([gate, up]),
-            lambda weight: weight.chunk(2),
-        )
-        yield same(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", *ffn_shape[::-1])
+    hidden = model.trunk.hidden_size
+    yield vocabulary("front.embedding.weight", "model.embed_tokens.weight", vocab_size, hidden)
+    yield vocabulary("back.head.weight", "lm_head.weight", vocab_size, hidden)
+    yield from trunk_rules(model.trunk, "model")
 
 
 def weights_from_hf(
     tensors: Mapping[str, torch.Tensor], model: ChameleonConfig, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, weight) of every weight; `tensors` may read its values only when asked for them.
-
-    Raises:
-        ValueError: names are missing or left over, or a shape is not the configuration's.
-    """
-    table = list(rules(model, vocab_size))
-    expected = {name: shape for rule in table for name, shape in rule.sources.items()}
-    check_names("The Hugging Face weights", expected, (n for n in tensors if not n.startswith(VQ_PREFIX)))
-    for rule in table:
-        parts = [tensors[name] for name in rule.sources]
-        for part, (name, shape) in zip(parts, rule.sources.items(), strict=True):
-            _check_shape(name, part, shape)
-        yield rule.name, rule.join(*parts)
+    """See `rules.convert_in`."""
+    return convert_in(rules(model, vocab_size), tensors)
 
 
 def weights_to_hf(
     weights: MutableMapping[str, torch.Tensor], model: ChameleonConfig, vocab_size: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, weight) of every weight but the image tokenizer's, each with memory of its own.
-
-    Takes them out of `weights`, so that the model is not held twice.
-
-    Raises:
-        ValueError: names are missing or left over, or a shape is not the configuration's.
-    """
-    table = list(rules(model, vocab_size))
-    check_names("The checkpoint's weights", [rule.name for rule in table], weights)
-    for rule in table:
-        weight = weights.pop(rule.name)
-        _check_shape(rule.name, weight, rule.shape)
-        for name, part in zip(rule.sources, rule.split(weight), strict=True):
-            yield name, part.clone(memory_format=torch.contiguous_format)
-
-
-def check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Raises ValueError, in one sentence, unless both hold the same names."""
-    expected, found = set(expected), set(found)
-    problems = [
-        f"{word} {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        for word, names in (("lack", expected - found), ("have the unknown", found - expected))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{what} {' and '.join(problems)}: they are not those of this configuration.")
-
-
-def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} is {list(tensor.shape)}, but the configuration says {list(shape)}: they do not match."
-        )
+    """See `rules.convert_out`."""
+    return convert_out(rules(model, vocab_size), weights)

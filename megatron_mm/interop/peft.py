@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_mm.config.schema import LoraConfig
-from megatron_mm.interop.chameleon_weights import Rule
+from megatron_mm.interop.rules import Rule
 from megatron_mm.nn.lora import adapted_layers
 
 
-def adapters_to_peft(
-    weights: Mapping[str, torch.Tensor], rules: Iterable[Rule]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def adapters_to_peft(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule]) -> Iterator[tuple[str, torch.Tensor]]:
     """(peft's name, adapter) of every adapter in `weights`.
 
     Raises:

@@ -17,14 +17,14 @@ T = TypeVar("T", bound=nn.Module)
 def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
     """A linear layer with weight std `std` (None: 1 / sqrt(inputs), which keeps the variance) and zero bias."""
     layer = nn.Linear(inputs, outputs, bias)
-    _set_init(layer, inputs, std)
+    scale_init(layer, std)
     return layer
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, std: float | None = None) -> nn.Conv2d:
     """A convolution that keeps the grid's size (at stride 1), with weight std as `linear` and zero bias."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
-    _set_init(layer, inputs * kernel * kernel, std)
+    scale_init(layer, std)
     return layer
 
 
@@ -32,11 +32,13 @@ def adopt(module: T) -> T:
     """A library's module, its linear layers and convolutions initialised as `linear` and `conv` are."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            _set_init(layer, layer.weight[0].numel(), None)
+            scale_init(layer)
     return module
 
 
-def _set_init(layer: nn.Linear | nn.Conv2d, fan_in: int, std: float | None) -> None:
+def scale_init(layer: nn.Linear | nn.Conv2d, std: float | None = None) -> None:
+    """Marks a layer's weight with std `std` (None: 1 / sqrt(fan-in)) and zeroes its bias."""
+    fan_in = layer.weight[0].numel()
     layer.weight.init_std = 1 / math.sqrt(fan_in) if std is None else std
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

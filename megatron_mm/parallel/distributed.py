@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -32,6 +33,13 @@ def pick_device() -> torch.device:
 
 @contextlib.contextmanager
 def process_groups(config: ParallelConfig, seed: int, device: torch.device, **init_kwargs) -> Iterator[Layout]:
+    """`job` with one layout from beginning to end."""
+    with job(device, **init_kwargs), model_parallel(config, seed) as layout:
+        yield layout
+
+
+@contextlib.contextmanager
+def job(device: torch.device, **init_kwargs) -> Iterator[None]:
     """Joins the job that torchrun started (or makes one of a single process) and leaves it at the end.
 
     `init_kwargs` go to `torch.distributed.init_process_group` in place of torchrun's environment.
@@ -41,6 +49,15 @@ def process_groups(config: ParallelConfig, seed: int, device: torch.device, **in
         init_kwargs = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = os.environ.get("MEGATRON_MM_BACKEND") or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=timedelta(minutes=10), **init_kwargs)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Layout]:
+    """Lays the ranks of the job out as `config` says; another layout may follow this one."""
     try:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -55,7 +72,6 @@ def process_groups(config: ParallelConfig, seed: int, device: torch.device, **in
         yield Layout.current(config, dist.get_world_size(), dist.get_rank())
     finally:
         mpu.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def agree(flag: bool, device: torch.device) -> bool:
@@ -104,3 +120,26 @@ def single_process(device: torch.device) -> Iterator[Layout]:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         with process_groups(ParallelConfig(), 0, device, **alone) as layout:
             yield layout
+
+
+def model_ranks(config: ParallelConfig, device: torch.device) -> AbstractContextManager:
+    """A job of as many processes as one replica of the model takes; those of a job that is under way must be these.
+
+    Raises:
+        ValueError: there are fewer or more processes.
+    """
+    needed = config.model_parallel_size
+    if needed == 1:
+        return single_process(device)
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if world != needed:
+        raise ValueError(
+            f"tensor_model_parallel_size={config.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{config.pipeline_model_parallel_size} takes {needed} processes, but there are {world}: start as many "
+            "with torchrun --nproc-per-node, or change one of the two."
+        )
+    return contextlib.nullcontext() if dist.is_initialized() else process_groups(config, 0, device)
+
+
+def is_first_rank() -> bool:
+    return dist.get_rank() == 0

@@ -22,7 +22,8 @@ def initialize(model: StageModel, seed: int) -> None:
     """Draws every parameter of at least two dimensions from N(0, std); one-dimensional ones stay as built.
 
     std is the parameter's `init_std` where it has one (None: keep as built), else the trunk's init_method_std, divided
-    by sqrt(2 * layers) for the layers' outputs, as in Megatron-LM.
+    by sqrt(2 * layers) for the layers' outputs, as in Megatron-LM. Modules that bring weights of their own
+    (`load_pretrained`) read them afterwards.
     """
     parameters = dict(model.named_parameters())
     for name, entry in model.sharded_state_dict().items():
@@ -42,6 +43,9 @@ def initialize(model: StageModel, seed: int) -> None:
                 whole = _normal(f"{seed}/{shard.key}{number}", shape)
                 place = tuple(slice(o, o + n) for o, n in zip(offset, shard.local_shape, strict=True))
                 shard.data.copy_(whole[place] * std)
+    for module in model.modules():
+        if hasattr(module, "load_pretrained"):
+            module.load_pretrained()
 
 
 def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,15 +15,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -39,6 +37,8 @@ from megatron_mm.config.compose import ConfigError
 from megatron_mm.config.schema import LoraConfig
 from megatron_mm.nn.dropout import hash_tokens, hashed_dropout
 from megatron_mm.nn.lora import ADAPTERS
+from megatron_mm.parallel.names import matches, named_weights
+
 
 class Adapted(nn.Module):
     """Mixin of a linear layer that can take an adapter; it has none until `attach`."""
@@ -166,15 +166,15 @@ def adapt(model: nn.Module, lora: LoraConfig, seed: int) -> None:
     `lora.also_train`."""
     for path, linear in list(_linears(model)):
         name = layer_name(model, path)
-        if not _matches(name, lora.targets):
+        if not matches(name, lora.targets):
             continue
         if type(linear) is nn.Linear:
             parent, _, own = path.rpartition(".")
             linear = LoraLinear.of(linear)
             setattr(model.get_submodule(parent), own, linear)
         linear.attach(lora, name, seed)
-    for name, parameter in named_weights(model):
-        parameter.requires_grad_(name.endswith(ADAPTERS) or _matches(name, lora.also_train))
+    for name, parameter, _ in named_weights([model]):
+        parameter.requires_grad_(name.endswith(ADAPTERS) or matches(name, lora.also_train))
 
 
 def check_targets(models: Sequence[nn.Module], lora: LoraConfig) -> None:
@@ -186,7 +186,7 @@ def check_targets(models: Sequence[nn.Module], lora: LoraConfig) -> None:
     if not lora.rank:
         return
     layers = [layer_name(model, path) for model in models for path, _ in _linears(model)]
-    weights = [name for model in models for name, _ in named_weights(model)]
+    weights = [name for name, _, _ in named_weights(models)]
     for key, patterns, what, mine in (
         ("targets", lora.targets, "linear layers", layers),
         ("also_train", lora.also_train, "parameters", weights),
@@ -195,9 +195,11 @@ def check_targets(models: Sequence[nn.Module], lora: LoraConfig) -> None:
         dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
         names = sorted({name for stage in stages for name in stage})
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, [pattern]) for name in names):
                 shown = ", ".join(get_close_matches(pattern, names, n=4, cutoff=0.0))
-                raise ConfigError(f"lora.{key}: {pattern} matches none of the {len(names)} {what}; some of them: {shown}.")
+                raise ConfigError(
+                    f"lora.{key}: {pattern} matches none of the {len(names)} {what}; some of them: {shown}."
+                )
 
 
 def layer_name(model: nn.Module, path: str) -> str:
@@ -208,22 +210,10 @@ def layer_name(model: nn.Module, path: str) -> str:
     return re.sub(r"\.local_experts\.\d+\.", ".experts.", ".".join(parts))
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(checkpoint name, parameter) of everything that this rank holds of a `StageModel`."""
-    parameters = dict(model.named_parameters())
-    for path, entry in model.sharded_state_dict().items():
-        shard = entry.build()[0] if isinstance(entry, ShardedTensorFactory) else entry
-        yield shard.key, parameters[path]
-
-
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if isinstance(module, Adapted) or type(module) is nn.Linear:
             yield path, module
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _mark(parameter: nn.Parameter, expert: bool, cut: bool, sequence_parallel: bool = False) -> None:

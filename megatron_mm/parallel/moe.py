@@ -1,8 +1,8 @@
 """Mixture-of-experts feed-forwards on megatron-core's token dispatchers: the router, and what it did in a step.
 
-Experts are spread over `parallel.expert_model_parallel_size` ranks, each whole on its rank (expert tensor parallelism is
-1): under TP the ranks of a tensor group hold other positions (sequence parallelism), so they serve as ranks for
-experts. No token is dropped.
+Experts are spread over `parallel.expert_model_parallel_size` ranks, and each is whole on its rank (expert tensor
+parallelism is 1): under TP the ranks of a tensor group hold other positions (sequence parallelism), so they serve as
+ranks for experts. No token is dropped.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from torch.optim.adamw import adamw
 
 from megatron_mm.config.schema import OptimConfig, ParallelConfig, TrainConfig
+from megatron_mm.parallel.trainable import lr_overrides
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -86,7 +87,10 @@ def build_optimizer(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
         ),
         chunks,
-        config_overrides={ParamKey(predicate=_NO_DECAY): ParamGroupOverride(wd_mult=0.0)},
+        config_overrides={
+            ParamKey(predicate=_NO_DECAY): ParamGroupOverride(wd_mult=0.0),
+            **lr_overrides([chunk.module for chunk in chunks], optim),
+        },
     )
     decay = optim.lr_decay_iters or train.train_iters
     exponential = optim.lr_decay_style == "exponential"

@@ -12,6 +12,7 @@ from megatron_mm.config.schema import FusionConfig, LoraConfig, ParallelConfig, 
 from megatron_mm.nn.fusion import feed_forward_activation
 
 EAGER = FusionConfig("eager", "torch")
+NO_LORA = LoraConfig()
 
 
 @dataclass
@@ -40,7 +41,7 @@ def transformer_config(
     attention_backend: str,
     hides_keys: bool = True,
     fusion: FusionConfig = EAGER,
-    lora: LoraConfig = LoraConfig(),
+    lora: LoraConfig = NO_LORA,
 ) -> TrunkTransformerConfig:
     """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose."""
     full = parallel.recompute_granularity == "full"

@@ -90,7 +90,7 @@ def layer_activations(config: Config) -> float:
     trunk, parallel = config.model.trunk, config.parallel
     width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
     moe = trunk.moe_layers / trunk.num_layers
-    sharded = (width + 2 * kv) + (width + kv) + width
+    sharded: float = (width + 2 * kv) + (width + kv) + width
     if parallel.context_parallel_size > 1:
         sharded += 2 * kv  # keys and values side by side, as they travel
     if parallel.feed_forward_block is None:

@@ -14,7 +14,7 @@ from megatron_mm.report.sheet import picture_of
 from megatron_mm.report.summary import Score
 from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.model import SamplingModel
-from megatron_mm.types import ImageSegment, TextSegment
+from megatron_mm.types import TextSegment
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def draw_images(
 
 def write_captions(model: SamplingModel, pairs: Sequence[Pair], settings: SamplingConfig) -> list[Captioned]:
     """A caption for each pair's image."""
-    prompts = [[ImageSegment(model.codec.encode(picture_of(pair.image)))] for pair in pairs]
+    prompts = [[model.read_image(picture_of(pair.image))] for pair in pairs]
     written = generate(model, prompts, "image_to_text", settings)
     return [Captioned(pair, read_text(model.tokenizer, text)) for pair, text in zip(pairs, written, strict=True)]
 

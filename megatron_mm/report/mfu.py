@@ -1,7 +1,7 @@
 """Model FLOPs utilisation by the mask's true area, so that skipped work never inflates the figure.
 
-Forward: 2 per weight and token in the matrix products (of the experts that a token uses), 4 * head_dim * heads per allowed query-key pair; backward twice
-the former and 2.5 times the latter.
+Forward: 2 per weight and token in the matrix products (of the experts that a token uses), 4 * head_dim * heads per
+allowed query-key pair; backward twice the former and 2.5 times the latter.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def mnist_splits(run: Config) -> tuple[Path, Path]:
     Raises:
         ConfigError: the run was trained on something else.
     """
-    train = Path(run.data.path)
+    train = Path(run.data.path or run.data.sources[0].path)
     card, held_out = train.parent / "dataset.json", train.parent / "val"
     if not card.is_file() or json.loads(card.read_text())["kind"] != "mnist" or not held_out.is_dir():
         raise ConfigError(

@@ -31,13 +31,13 @@ def write_document(model: SamplingModel, start: str, settings: SamplingConfig) -
 
 
 def samples_sections(
-    drawn: Sequence[Drawn], captioned: Sequence[Captioned], document: Sequence[str | Tile], start: str
+    drawn: Sequence[Drawn], captioned: Sequence[Captioned], document: Sequence[str | Tile] | None, start: str
 ) -> list[Section]:
-    """The sheet's sections; nothing on it is picked by hand."""
+    """The sheet's sections; nothing on it is picked by hand. document: None where the family writes none."""
     captions = list(dict.fromkeys(d.pair.caption for d in drawn))
     images = [[Tile(d.image, right=d.right) for d in drawn if d.pair.caption == caption] for caption in captions]
     named = [Tile(c.pair.image, c.caption, c.right) for c in captioned[:CAPTIONS]]
-    return [
+    sections = [
         Section(
             "Text to image",
             f"{score(drawn)} recognised as the caption's digit by a classifier trained on real images; others in red",
@@ -48,5 +48,8 @@ def samples_sections(
             f"real, held-out images and the captions generated for them: {score(captioned)} right; wrong ones in red",
             [("", named)],
         ),
-        Section("Text and images in one document", f'continued from "{start}"', [("", document)]),
     ]
+    if document is not None:
+        title = "Text and images in one document"
+        sections.append(Section(title, f'continued from "{start}"', [("", document)]))
+    return sections

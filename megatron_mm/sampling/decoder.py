@@ -13,6 +13,7 @@ from megatron_mm.data.pack import pack
 from megatron_mm.nn.kv_cache import KVCache
 from megatron_mm.parallel.attention import caching
 from megatron_mm.parallel.context.runtime import Part
+from megatron_mm.parallel.stages import through_stages
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.types import Document, PackedBatch
 
@@ -44,7 +45,8 @@ class Decoder:
         return hidden[torch.arange(len(rows)), torch.from_numpy(lengths - 1)]
 
     def forward(self, rows: Sequence[int], batch: PackedBatch, keep: int | np.ndarray) -> torch.Tensor:
-        """Hidden states [b, n, D] of a batch that continues `rows`, one each; its masks and positions start at 0.
+        """Hidden states [b, n, D] of a batch that continues `rows`, one each; its masks and positions start at 0. Only
+        the last pipeline stage has them, the others something of that shape, for `SamplingModel.from_back`.
 
         The first `keep` positions stay cached, whatever comes next overwrites the others.
         """
@@ -57,12 +59,19 @@ class Decoder:
         self.lengths[rows] += keep
         stage = self.model.stage
         moved = replace(batch, meta=meta).to(self.model.device, stage.config.params_dtype)
-        return stage.hidden(Part.of(moved)).transpose(0, 1)
+        return through_stages(stage, Part.of(moved)).transpose(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 or wider logits [..., V] of hidden states [..., D]; V includes the padding of the vocabulary."""
-        logits = self.model.stage.back.logits(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _wide(self.model.from_back(lambda back: back.ops.gather_logits(back.logits(hidden))))
+
+    def code_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same of a head for image codes, where the family has one of its own."""
+        return _wide(self.model.from_back(lambda back: back.ops.gather_logits(back.code_logits(hidden))))
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def piece(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from megatron_mm.config.generate import MODES, SamplingConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.sampling.chameleon import ChameleonSampler
+from megatron_mm.sampling.janus import JanusSampler
 from megatron_mm.sampling.mmada import MMaDASampler
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.sampling.row import Request
@@ -18,6 +19,7 @@ from megatron_mm.types import Sample, Segment
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "chameleon": ChameleonSampler,
+    "janus": JanusSampler,
     "mmada": MMaDASampler,
     "showo": ShowoSampler,
     "showo_flow": ShowoFlowSampler,
@@ -49,12 +51,17 @@ def generate(
         TextSegment (ids of `model.tokenizer`), an image ImageSegment (for `model.codec.decode`).
 
     Raises:
-        ValueError: an unknown mode, more steps than the model has, a prompt that leaves no room for its continuation.
+        ValueError: a mode that is unknown or that the family cannot write, more steps than the model has, a prompt that
+            leaves no room for its continuation.
     """
     settings = settings or SamplingConfig()
     if mode not in MODES:
         raise ValueError(f"mode={mode} is unknown: use one of {', '.join(MODES)}.")
     sampler = SAMPLERS[model.family.name]
+    if mode not in sampler.modes:
+        raise ValueError(
+            f"mode={mode} is not what a {model.family.name} model is trained for: use {' or '.join(sampler.modes)}."
+        )
     requests = [
         Request(Sample(ordinal, f"Prompt {ordinal + 1}", tuple(prompt)), Streams(settings.seed, ordinal, sample))
         for ordinal, prompt in enumerate(prompts)

@@ -1,7 +1,8 @@
 """Sampling from MMaDA: every step reads whole documents, since all of their positions see each other.
 
 Images by masked decoding; text in blocks, left to right, each of which takes its most confident tokens first (LLaDA,
-arXiv 2502.09992). An interleaved document goes on with an image behind text and with text behind an image, until its
+arXiv 2502.09992). Masks stand up to the end of the answer's `text_block`, as in training; another one is added where no
+EOS came. An interleaved document goes on with an image behind text and with text behind an image, until its
 text is empty or there is no room.
 """
 
@@ -38,8 +39,9 @@ class MMaDASampler(MaskedSampler):
     def room(self, row: Row) -> int:
         return self.seq_length - len(self.documents[row.index])
 
-    def read(self, prompts: Sequence[Document], no_prompt: Document) -> torch.Tensor:
-        self.documents = [document.tokens for document in (*prompts, *[no_prompt] * len(prompts))]
+    def read(self, prompts: Sequence[Document]) -> torch.Tensor:
+        twins = [self.without_prompt(prompt) for prompt in prompts]
+        self.documents = [document.tokens for document in (*prompts, *twins)]
         return torch.empty(0)
 
     def write(self, hidden: torch.Tensor) -> None:
@@ -60,18 +62,22 @@ class MMaDASampler(MaskedSampler):
 
     def _answer(self, rows: list[Row]) -> list[Row]:
         """Writes text behind each row that has room for a block; returns those that may go on."""
-        block = self.least_text
-        lengths = [min(self.most_text, self.room(row)) // block * block for row in rows]
-        answers = [np.full(length, self.model.family.mask_id) for length in lengths]
-        for first in range(0, max(lengths, default=0), block):
-            writing = [n for n, answer in enumerate(answers) if first < len(answer) and self.vocab.eos not in answer]
-            if writing:
-                self._fill([rows[n] for n in writing], [answers[n] for n in writing], first)
-        return [row for row, answer in zip(rows, answers, strict=True) if self._take(row, answer)]
+        unit = self.least_text
+        answers = {row.index: np.zeros(0, dtype=np.int64) for row in rows}
+        for end in range(unit, self.most_text + 1, unit):
+            writing = [row for row in rows if self.room(row) >= end and self.vocab.eos not in answers[row.index]]
+            for row in writing:
+                answers[row.index] = np.append(answers[row.index], np.full(unit, self.model.family.mask_id))
+            for first in range(end - unit, end, self.settings.block_length):
+                writing = [row for row in writing if self.vocab.eos not in answers[row.index]]
+                if writing:
+                    last = min(first + self.settings.block_length, end)
+                    self._fill(writing, [answers[row.index] for row in writing], first, last)
+        return [row for row in rows if self._take(row, answers[row.index])]
 
-    def _fill(self, rows: list[Row], answers: list[np.ndarray], first: int) -> None:
-        """Unmasks one block of each answer, from position `first` of the answer on; changes `answers`."""
-        block, mask_id, device = self.least_text, self.model.family.mask_id, self.model.device
+    def _fill(self, rows: list[Row], answers: list[np.ndarray], first: int, end: int) -> None:
+        """Unmasks positions first .. end - 1 of each answer; changes `answers`."""
+        block, mask_id, device = end - first, self.model.family.mask_id, self.model.device
         allowed = self.allowed[Next.TEXT].expand(len(rows) * block, -1)
         for _ in range(-(-block // self.settings.tokens_per_step)):
             self.report(f"writing, {first} tokens and more")
@@ -82,10 +88,10 @@ class MMaDASampler(MaskedSampler):
             ).view(len(rows), block)
             permitted = logits.double().masked_fill(~allowed.view_as(logits), -torch.inf)
             confidence = permitted.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-            unknown = torch.from_numpy(np.stack([a[first : first + block] == mask_id for a in answers])).to(device)
+            unknown = torch.from_numpy(np.stack([a[first:end] == mask_id for a in answers])).to(device)
             taken = most_confident(confidence, unknown, self.settings.tokens_per_step).cpu().numpy()
             for answer, new, chosen in zip(answers, drawn.cpu().numpy(), taken, strict=True):
-                answer[first : first + block][chosen] = new[chosen]
+                answer[first:end][chosen] = new[chosen]
 
     def _take(self, row: Row, answer: np.ndarray) -> bool:
         """Notes an answer up to its EOS; False when the row ends with it."""

@@ -1,26 +1,33 @@
-"""A checkpoint as a model to sample from, on one process whatever layout wrote it."""
+"""A checkpoint as a model to sample from, on one process or several, whatever layout wrote it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state as mpu
 from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
 
 from megatron_mm.config.compose import Config, from_dict_config
 from megatron_mm.config.schema import ParallelConfig
+from megatron_mm.config.validate import validate
 from megatron_mm.data.image_codec import ImageCodec
 from megatron_mm.data.image_codecs import load_image_codec
+from megatron_mm.data.sample import read_image
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_mm.engines.checkpoint import CheckpointError, common_state, load_weights, resolve
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
-from megatron_mm.parallel.distributed import pick_device, single_process
+from megatron_mm.parallel.distributed import model_ranks, pick_device
 from megatron_mm.parallel.model import StageModel
+from megatron_mm.parallel.stages import from_last_stage
 from megatron_mm.parallel.transformer_config import transformer_config
+from megatron_mm.types import ImageSegment
 
 
 @dataclass(frozen=True)
@@ -36,33 +43,50 @@ class SamplingModel:
 
     @classmethod
     @contextmanager
-    def load(cls, checkpoint: str | Path, device: torch.device | None = None) -> Iterator[SamplingModel]:
+    def load(
+        cls, checkpoint: str | Path, device: torch.device | None = None, parallel: ParallelConfig | None = None
+    ) -> Iterator[SamplingModel]:
         """The model in `checkpoint`: a folder of checkpoints (its latest) or one iter_* folder.
 
+        Args:
+            parallel: tensor and pipeline sizes, whose product is the number of ranks of this job; None for one rank.
+
         Raises:
-            ValueError: there is no complete checkpoint, or its tokenizer or image tokenizer is not there.
+            ValueError: there is no complete checkpoint, its tokenizer or image tokenizer is not there, or it cannot be
+                cut so.
         """
         path = resolve(checkpoint)
         common = common_state(path)
         if "config" not in common:
             raise CheckpointError(f"{path} does not hold its configuration: use one that megatron_mm.train wrote.")
         config = from_dict_config(OmegaConf.create(common["config"]))
+        config = replace(config, parallel=replace(parallel or ParallelConfig(), use_distributed_optimizer=False))
+        validate(config, config.parallel.model_parallel_size)
         device = device or pick_device()
-        with single_process(device):
+        with model_ranks(config.parallel, device):
             model = cls.build(config, device)
             load_weights([model.stage], path)
             yield model
 
     @classmethod
     def build(cls, config: Config, device: torch.device) -> SamplingModel:
-        """The model that `config` describes, within `parallel.distributed.single_process`."""
+        """This rank's part of the model that `config` describes, within the process groups of `config.parallel`."""
         tokenizer = load_tokenizer(config.data.tokenizer)
         codec = load_image_codec(config.data, config.model.image)
         family = build_family(config.model, tokenizer.size)
         # Where the cache is not in use (tests), any backend does; the run's own may not run on this device.
-        core = transformer_config(family.trunk, ParallelConfig(), config.train, "reference", lora=config.lora)
-        stage = StageModel(core, family, first=True, last=True, virtual_stage=None).eval()
+        core = transformer_config(family.trunk, config.parallel, config.train, "reference", lora=config.lora)
+        first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
+        stage = StageModel(core, family, first, last, virtual_stage=None).eval()
         return cls(config, family, tokenizer, codec, stage, device)
+
+    def from_back(self, compute: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
+        """What `compute` makes of the family's back, on every rank."""
+        return from_last_stage(self.stage, compute)
+
+    def read_image(self, picture: Image.Image) -> ImageSegment:
+        """A picture as the model reads it."""
+        return read_image(picture, self.codec, self.family.pixels)
 
     @property
     def sees_images_alone(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from megatron_mm.config.generate import SamplingConfig
+from megatron_mm.config.generate import MODES, SamplingConfig
 from megatron_mm.parallel.ops import padded_vocab_size
 from megatron_mm.sampling.decoder import Decoder, piece
 from megatron_mm.sampling.model import SamplingModel
@@ -23,9 +23,11 @@ Report = Callable[[str], None]
 class Sampler(ABC):
     """Continues the documents of one batch; how images are made is the family's.
 
-    With guidance, row i of b has a twin in row b + i of the cache, which sees a prompt without content.
+    With guidance, row i of b has a twin in row b + i of the cache, which sees `without_prompt`.
     """
 
+    modes: tuple[str, ...] = MODES
+    """What the family can write."""
     guidance = 3.0
     """Scale of classifier-free guidance where none is given."""
     before_image = 0
@@ -62,17 +64,20 @@ class Sampler(ABC):
         prompts = [lay_out(row.request.prompt, self.draws_at_once) for row in self.rows]
         capacity = self._capacity([len(prompt.tokens) for prompt in prompts])
         with Decoder.open(self.model, len(self.rows) * (1 + self.guided), capacity) as self.decoder:
-            no_prompt = lay_out(Sample(0, "no prompt", ()), open_image=True)
-            self.write(self.read(prompts, no_prompt))
+            self.write(self.read(prompts))
         return [row.finish() for row in self.rows]
 
-    def read(self, prompts: Sequence[Document], no_prompt: Document) -> torch.Tensor:
+    def read(self, prompts: Sequence[Document]) -> torch.Tensor:
         """Caches the prompts (and the twins'); hidden states [b or 2b, D] at their last positions."""
         hidden = self.decoder.prefill(self.indices(self.rows), prompts)
         if not self.guided:
             return hidden
-        twins = self.decoder.prefill(self.twins(self.rows), [no_prompt] * len(self.rows))
+        twins = self.decoder.prefill(self.twins(self.rows), [self.without_prompt(prompt) for prompt in prompts])
         return torch.cat([hidden, twins])
+
+    def without_prompt(self, prompt: Document) -> Document:
+        """What a twin reads in place of its row's prompt: one without content."""
+        return self.model.family.lay_out_prompt(Sample(0, "no prompt", ()), open_image=True)
 
     @abstractmethod
     def write(self, hidden: torch.Tensor) -> None:
@@ -128,10 +133,13 @@ class Sampler(ABC):
 
     def choose(self, rows: Sequence[Row], logits: torch.Tensor, following: Sequence[Next]) -> list[int]:
         """The next id of each row, from its logits [V] and what may follow."""
-        allowed = self.allowed[torch.tensor(following, device=logits.device)]
-        uniforms = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=logits.device)
         seen = [row.seen if kind <= Next.TEXT_OR_IMAGE else () for row, kind in zip(rows, following, strict=True)]
         logits = penalise(logits, seen, self.settings.repetition_penalty)
+        return self.pick(rows, logits, self.allowed[torch.tensor(following, device=logits.device)])
+
+    def pick(self, rows: Sequence[Row], logits: torch.Tensor, allowed: torch.Tensor) -> list[int]:
+        """Draws an id for each row from logits [b, V], among those that are allowed, bool [b, V]."""
+        uniforms = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=logits.device)
         return choose(logits, allowed, uniforms, self.settings.temperature, self.settings.top_p).tolist()
 
     def take_text(self, row: Row, token: int) -> bool:

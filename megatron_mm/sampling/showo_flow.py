@@ -33,7 +33,7 @@ class ShowoFlowSampler(PatchSampler):
         return x if limit is None else x.clamp(-limit, limit)
 
     def predict(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        return self.model.stage.back.predict_velocity(hidden, batch)
+        return self.model.from_back(lambda back: back.predict_velocity(hidden, batch))
 
     def fields(self, tokens: np.ndarray, patches: torch.Tensor | None, time: int) -> dict[str, torch.Tensor]:
         device = self.model.device

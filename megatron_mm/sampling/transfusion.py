@@ -30,7 +30,7 @@ class TransfusionSampler(PatchSampler):
         return x
 
     def predict(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        return self.model.stage.back.predict_noise(hidden, batch)
+        return self.model.from_back(lambda back: back.predict_noise(hidden, batch))
 
     def fields(self, tokens: np.ndarray, patches: torch.Tensor | None, time: int) -> dict[str, torch.Tensor]:
         device = self.model.device

@@ -16,7 +16,7 @@ def draw(family: str, *overrides: str, count: int = 2):
     return built, synthetic_steps(config, built, 100, count)
 
 
-@pytest.mark.parametrize("name", ["transfusion", "chameleon"])
+@pytest.mark.parametrize("name", ["transfusion", "chameleon", "janus"])
 def test_batches_of_real_masks(name):
     family, steps = draw(name)
     assert [len(step) for step in steps] == [2, 2]

@@ -11,11 +11,15 @@ from megatron_mm.config.cli import user_errors
 from megatron_mm.data.tokenizer import load_tokenizer
 
 SCRIPT = """
-from megatron_mm.config.cli import run
+from megatron_mm.config.cli import overrides, run
+from megatron_mm.config.compose import compose
 from megatron_mm.config.validate import validate
 
 def train(config):
     validate(config, 1)
+    if config.run.name == "again":
+        config = compose([*overrides(), "run.name=composed"])
+        print(config.checkpoint.save)
     print("trained", config.run.name)
 
 if __name__ == "__main__":
@@ -39,6 +43,11 @@ def test_runs_and_leaves_nothing_behind(train, tmp_path):
     result = train("experiment=demo")
     assert (result.returncode, result.stdout, result.stderr) == (0, "trained demo\n", "")
     assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_a_task_may_compose_again_from_the_same_words(train):
+    result = train("experiment=demo", "run.name=again", "checkpoint.save=${run.dir}/here")
+    assert (result.returncode, result.stdout) == (0, "runs/composed/here\ntrained composed\n"), result.stderr
 
 
 def test_cfg_job_prints_without_starting(train):

@@ -1,6 +1,6 @@
 """Every shipped configuration composes; every mistake is named in one sentence."""
 
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -8,10 +8,11 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.compose import FAMILIES, Config, ConfigError, compose, from_dict_config, to_yaml
 from megatron_mm.config.model import ChameleonConfig, TransfusionConfig, TrunkConfig
+from megatron_mm.config.schema import SourceConfig
 from megatron_mm.config.validate import validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-GROUPS = [field.name for field in fields(Config) if field.name != "model"]
+GROUPS = [name for name, default in vars(Config()).items() if is_dataclass(default) and name != "model"]
 MANDATORY = ["run.name=test", "data.path=data/none"]
 
 
@@ -64,7 +65,11 @@ def test_config_is_frozen():
 
 
 def test_yaml_round_trip():
-    config = compose(["experiment=demo", "optim.lr=0.1234567890123"])
+    lists = ["optim.frozen=[front.*,*norm*]", "optim.lr_multipliers={*bias: 2, back.*: 0.5}"]
+    lists += ["data.path=null", "data.sources=[{path: a, weight: 2, task: generation}, {path: b}]"]
+    config = compose(["experiment=demo", "optim.lr=0.1234567890123", *lists])
+    assert config.data.sources == (SourceConfig("a", 2.0, "generation"), SourceConfig("b"))
+    assert config.optim.frozen == ("front.*", "*norm*") and config.optim.lr_multipliers == {"*bias": 2.0, "back.*": 0.5}
     assert from_dict_config(OmegaConf.create(to_yaml(config))) == config
     assert isinstance(config.model, TransfusionConfig)
 
@@ -93,7 +98,14 @@ def test_yaml_round_trip():
         ("train.seed=null", r"train\.seed=null must be a whole number\."),
         ("optim.lr=fast", r"optim\.lr=fast must be a number\."),
         ("parallel.sequence_parallel=1", r"parallel\.sequence_parallel=1 must be true or false\."),
-        ("data.path=[a,b]", r"data\.path=\['a', 'b'\] must be text\."),
+        ("optim.frozen=front", r"optim\.frozen=front must be a list such as \[a, b\]\."),
+        ("optim.frozen=[1,null]", r"optim\.frozen\[1\]=null must be text\."),
+        ("optim.lr_multipliers=2", r"optim\.lr_multipliers=2 must be a mapping such as \{a: 1\}\."),
+        ("optim.lr_multipliers={a: x}", r"optim\.lr_multipliers\.a=x must be a number\."),
+        ("data.sources=[{weight: 2}]", r"data\.sources\[0\]\.path is not set: add it to the entry"),
+        ("data.sources=[{path: a, wight: 2}]", r"data\.sources\[0\]\.wight is not a known key \(did you mean .*weight"),
+        ("data.sources=[a]", r"data\.sources\[0\]=a must be a group with the keys path, weight, task"),
+        ("data.path=[a,b]", r"data\.path=\['a', 'b'\] must be text or null\."),
         ("model.trunk=3", r"model\.trunk=3 must be a group with the keys num_layers"),
         ("model.family=gpt", r"model\.family=gpt is unknown; families: .*chameleon.*showo"),
         ("run.name=???", r"run\.name is not set: add run\.name=\.\.\. or choose an experiment"),

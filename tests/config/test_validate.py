@@ -11,6 +11,8 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 CP, COMM = "parallel.context_parallel_size", "parallel.context_parallel_comm"
 BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 layers, 64 wide, 4 heads over 2 keys
 
+SOURCES = ["data.path=null"]
+
 
 @pytest.mark.parametrize(
     ("world_size", "overrides"),
@@ -22,6 +24,7 @@ BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 l
         (2, ["parallel.overlap_grad_reduce=true", "parallel.use_distributed_optimizer=false"]),
         (1, ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=4"]),
         (1, ["model.trunk.rotary_percent=0.5", "model.trunk.parallel_block=true", "model.trunk.activation=gelu"]),
+        (1, [*SOURCES, "data.sources=[{path: a, weight: 0.1, task: generation}, {path: a}]"]),
         (1, ["train.seed=0", "data.prefetch=0", "optim.min_lr=3e-4"]),
     ],
 )
@@ -73,7 +76,11 @@ def test_accepts(world_size, overrides):
         (2, [f"{EP}=2"], r"parallel\.expert_model_parallel_size=2 has no experts to spread"),
         (4, [f"{EP}=4", f"{EXPERTS}=6"], r"num_experts=6 must be a multiple of parallel\.expert_model_parallel_size=4"),
         (6, [f"{EP}=4", f"{EXPERTS}=8"], r"expert_model_parallel_size=4 must divide the 6 ranks of a pipeline stage"),
-        (1, [f"{EXPERTS}=4", "model.trunk.moe_router_topk=1"], r"moe_router_topk=1 must be 2 .* to model\.trunk\.num_exp"),
+        (
+            1,
+            [f"{EXPERTS}=4", "model.trunk.moe_router_topk=1"],
+            r"moe_router_topk=1 must be 2 .* to model\.trunk\.num_exp",
+        ),
         (1, [f"{EXPERTS}=4", "model.trunk.moe_router_topk=5"], r"moe_router_topk=5 must be 2 "),
         (2, [f"{EXPERTS}=4", f"{TP}=2"], r"tensor_model_parallel_size=2 needs parallel\.sequence_parallel=true"),
         (1, [f"{EXPERTS}=4", "parallel.feed_forward_block=32"], r"feed_forward_block=32 does not reach into experts"),
@@ -129,9 +136,36 @@ def test_accepts(world_size, overrides):
             ["optim.lr_warmup_iters=9", "optim.lr_decay_iters=9"],
             r"lr_warmup_iters=9 must be less than optim\.lr_decay_iters=9",
         ),
+        (1, ["data.path=null"], r"data\.path is not set: add data\.path=\.\.\. or data\.sources"),
+        (1, ["data.sources=[{path: a}]"], r"data\.path=data/none and data\.sources exclude each other"),
+        (
+            1,
+            [*SOURCES, "data.sources=[{path: a}, {path: b, weight: 0}]"],
+            r"data\.sources\[1\]\.weight=0\.0 must be above",
+        ),
+        (1, [*SOURCES, "data.sources=[{path: a, weight: -1}]"], r"data\.sources\[0\]\.weight=-1\.0 must be 0 or more"),
+        (
+            1,
+            [*SOURCES, "data.sources=[{path: a, task: draw}]"],
+            r"data\.sources\[0\]\.task=draw must be one of auto, u",
+        ),
+        (1, ["data.blend_by=rows"], r"data\.blend_by=rows must be one of tokens, samples"),
+        (
+            1,
+            ["optim.lr_multipliers={front.*: 0}"],
+            r"optim\.lr_multipliers\.front\.\*=0\.0 must be above 0, and finite",
+        ),
         (1, ["optim.min_lr=1"], r"optim\.min_lr=1\.0 is above optim\.lr=0\.0003"),
         (1, ["checkpoint.async_save=true", "checkpoint.save=null"], r"checkpoint\.async_save=true has nothing to"),
         (1, ["model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=28 and .*width=28"),
+        (1, ["model=janus", "model.encoder.patch_size=5"], r"encoder\.patch_size=5 must divide .*image_size=32"),
+        (1, ["model=janus", "model.encoder.num_attention_heads=3"], r"encoder\.hidden_size=128 must be a multiple of"),
+        (1, ["model=janus", "model.generation_share=1.5"], r"model\.generation_share=1\.5 must be between 0 and 1"),
+        (
+            1,
+            ["model=janus", "model.encoder.activation=relu"],
+            r"activation=relu must be one of gelu, gelu_py",
+        ),
         (1, ["model.image_first_max_timestep=2000"], r"image_first_max_timestep=2000 is above .*timesteps=1000"),
     ],
 )

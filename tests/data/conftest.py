@@ -23,7 +23,9 @@ IMAGE = ImageConfig(channels=1, height=SIDE, width=SIDE)
 class PixelLayout:
     """BOS, text bytes, and images of SIDE x SIDE positions that see one another; each pixel gets its own noise."""
 
-    vocab = SimpleNamespace(pad=256, bos=257, image=258, image_codes=0)
+    vocab = SimpleNamespace(pad=256, bos=257, image=258)
+    image_codes = 0
+    pixels = None
     fields = {"labels": FieldSpec("int64", (), -100), "pixels": FieldSpec("float32", (1,), 0.0)}
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig
-from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec
+from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec, square_pixels
 from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.nn.patch import patchify
 
@@ -37,6 +38,24 @@ def test_transparency_is_laid_on_white():
 
 def test_other_sizes_are_resized():
     assert PixelCodec(3, 4, 8).encode(random_image("L", 9, 7)).shape == (3, 4, 8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (40, 10), (7, 33), (300, 11), (5, 3)])
+def test_square_pixels_are_transformers_image_processor(height, width):
+    image = random_image("RGB", height, width)
+    released = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    theirs = JanusImageProcessorPil(**released)(image, return_tensors="np")["pixel_values"][0]
+    ours = square_pixels(image, 16)
+    assert ours.shape == (3, 16, 16) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    if height > 2 * width:
+        np.testing.assert_allclose(ours[:, :, 0], 127 / 127.5 - 1, atol=1e-6, err_msg="padding is grey")
+
+
+def test_square_pixels_of_grey_and_transparent_pictures():
+    grey = square_pixels(random_image("L", 8, 8), 8)
+    assert (grey[0] == grey[1]).all() and (grey[0] == PixelCodec(1, 8, 8).encode(random_image("L", 8, 8))[0]).all()
+    assert (square_pixels(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 8) == 1).all()
 
 
 def codebook_codec() -> PatchVQCodec:

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megatron_mm.data.image_codec import PixelCodec
+from megatron_mm.config.model import ImageConfig
+from megatron_mm.data.image_codec import PixelCodec, square_pixels
 from megatron_mm.data.index import ARRAYS, build_index
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.shards import Record, write_shards
@@ -95,6 +96,16 @@ def test_loose_pairs_become_caption_then_image(tmp_path):
         text, image = reader.read(uid).segments
         assert TOKENIZER.decode(text.ids) == caption
         assert (image.data == value).all()
+
+
+def test_reader_adds_pixels_for_a_vision_encoder(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8), dtype=np.uint8))
+    write_shards(tmp_path, [Record("a", ("one", picture))])
+    index, codec = build_index(tmp_path, TOKENIZER), PixelCodec(1, 4, 4)
+    assert SampleReader(index, TOKENIZER, codec).read(0).segments[1].pixels is None
+    image = SampleReader(index, TOKENIZER, codec, ImageConfig(3, 6, 6)).read(0).segments[1]
+    np.testing.assert_array_equal(image.data, codec.encode(picture))
+    np.testing.assert_array_equal(image.pixels, square_pixels(picture, 6))
 
 
 def test_index_is_kept_and_rebuilt_when_the_shard_changes(tmp_path):

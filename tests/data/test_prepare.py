@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_mm.data.image_codec import PatchVQCodec
+from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec
 from megatron_mm.data.index import build_index
 from megatron_mm.data.prepare import main
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.tokenizer import ByteTokenizer
-from megatron_mm.types import TextSegment
+from megatron_mm.types import ImageSegment, TextSegment
 
 TOKENIZER = ByteTokenizer()
 
@@ -134,3 +134,35 @@ def sample_of(folder) -> dict:
     with tarfile.open(shard) as tar:
         (name,) = (member for member in tar.getnames() if member.endswith(".json"))
         return json.loads(tar.extractfile(name).read())
+
+
+def test_questions(tmp_path):
+    Image.new("L", (8, 8), 7).save(tmp_path / "seven.png")
+    lines = [
+        {"question": "1 + 1?", "answer": "2", "reasoning": "one and one", "id": "sum.1"},
+        {"question": "What digit?", "answer": "seven", "image": "seven.png"},
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    out = tmp_path / "out"
+    main(["questions", "--src", str(tmp_path / "q.jsonl"), "--out", str(out), "--held-out", "0"])
+    asked, seen = read_all(out / "train", PixelCodec(1, 8, 8))
+    assert asked.key == "sum_1" and (asked.meta, seen.meta) == ({"prompt_segments": 1}, {"prompt_segments": 2})
+    assert texts(asked) == ["1 + 1?", "<think>\none and one\n</think>\n2"]
+    assert isinstance(seen.segments[0], ImageSegment) and texts(seen) == ["What digit?", "seven"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"question": "a"', "q.jsonl, line 1: JSONDecodeError"),
+        ('{"question": "a"}', "line 1: KeyError: 'answer'; a line is a JSON object with question, answer and"),
+        ('{"question": "a", "answer": "b", "image": "no.png"}', "line 1: FileNotFoundError.*no.png"),
+        ("[1]", "line 1: TypeError"),
+    ],
+)
+def test_questions_that_are_none(tmp_path, line, said):
+    (tmp_path / "q.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=said):
+        main(["questions", "--src", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="is no file"):
+        main(["questions", "--src", str(tmp_path / "no"), "--out", str(tmp_path / "out")])

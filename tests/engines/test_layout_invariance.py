@@ -141,6 +141,21 @@ def test_phi_trunk(name, precision, family, shards, tmp_path, baseline):
 
 
 @pytest.mark.slow
+def test_frozen_encoder(shards, tmp_path, baseline):
+    """Its weights have no gradients that a rank could wait for, and the run is another one."""
+    runs = []
+    for name in ("one_worker", "dp2_overlap", "tp2_sp_pp2_interleaved"):
+        world_size, overrides = LAYOUTS[name]
+        frozen = [*overrides, "model.freeze_encoder=true", *FEWER_ITERATIONS]
+        runs.append(run_training(overrides_for("janus", shards, tmp_path / name, *frozen), world_size))
+    for run in runs[1:]:
+        for ours, theirs in zip(run, runs[0], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert runs[0][-1]["loss"] != pytest.approx(baseline("janus", "fp32")[FEWER - 1]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_curve_depends_on_what_it_should(family, shards, tmp_path, baseline):
     """The comparison above would see a change: another seed, or no dropout, gives another curve; and it learns."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import kill_when
 from tiny_runs import overrides_for, run_training
 
 from megatron_mm.engines.checkpoint import CheckpointError, latest_iteration, resolve
@@ -32,21 +33,8 @@ def run(shards, tmp_path):
     return make
 
 
-def kill_when(overrides: list[str], world_size: int, condition) -> None:
-    """Starts the run and kills all its processes at once, as a machine that fails does, when `condition()` holds."""
-
-    def session() -> None:
-        os.setsid()
-        run_training(overrides, world_size)
-
-    process = multiprocessing.get_context("fork").Process(target=session)
-    process.start()
-    deadline = time.monotonic() + 120
-    while not condition() and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    assert time.monotonic() < deadline, "the moment to kill never came"
+def kill_training_when(overrides: list[str], world_size: int, condition) -> None:
+    kill_when(condition, run_training, overrides, world_size)
 
 
 def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
@@ -64,20 +52,30 @@ def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
         ("transfusion", [], TP2, 2, 1e-5),
         ("chameleon", TP2, PP2, 2, 1e-5),
         ("transfusion", CP2, TP2, 2, 1e-5),
+        ("janus", CP2, PP2, 2, 1e-5),
         ("chameleon", ["checkpoint.async_save=true"], [], 1, 1e-5),
         ("transfusion_experts", EP2, [], 1, 1e-5),
         ("transfusion_experts", EP2, [*EP2, *TP2], 2, 1e-5),
         ("transfusion_experts", [*EP2, *PLAIN], [*TP2, *PLAIN], 2, 1e-5),
     ],
-    ids=["same-layout", "dp2-to-tp2", "tp2-to-pp2", "cp2-to-tp2", "async-dp2-to-one",
-         "ep2-to-one", "ep2-to-ep2-tp2", "plain-ep2-to-tp2"],
+    ids=[
+        "same-layout",
+        "dp2-to-tp2",
+        "tp2-to-pp2",
+        "cp2-to-tp2",
+        "janus-cp2-to-pp2",
+        "async-dp2-to-one",
+        "ep2-to-one",
+        "ep2-to-ep2-tp2",
+        "plain-ep2-to-tp2",
+    ],
 )
 def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run, tmp_path):
     expected = run_training(run(family, folder="whole"))
     folder = tmp_path / "run"
     moment = random.randint(4, 11)
     metrics = folder / "metrics.jsonl"
-    kill_when(run(family, *first), 2, lambda: metrics.exists() and metrics.read_text().count("\n") >= moment)
+    kill_training_when(run(family, *first), 2, lambda: metrics.exists() and metrics.read_text().count("\n") >= moment)
     run_training(run(family, "run.if_exists=resume", *then), world_size)
     assert_joins(folder, expected, tolerance)
 
@@ -85,7 +83,7 @@ def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run
 def test_kill_in_the_middle_of_a_save(run, tmp_path):
     expected = run_training(run("chameleon", folder="whole"))
     checkpoints = tmp_path / "run" / "checkpoints"
-    kill_when(run("chameleon"), 2, (checkpoints / "iter_0000006").exists)
+    kill_training_when(run("chameleon"), 2, (checkpoints / "iter_0000006").exists)
     assert latest_iteration(checkpoints) in (3, 6)
     run_training(run("chameleon", "run.if_exists=resume"), 2)
     assert_joins(tmp_path / "run", expected, 1e-5)

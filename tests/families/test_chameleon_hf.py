@@ -23,7 +23,8 @@ from megatron_mm.engines.megatron import MegatronEngine, build_chunks
 from megatron_mm.families.base import Family
 from megatron_mm.families.layout import next_token_labels
 from megatron_mm.families.registry import build_family
-from megatron_mm.interop.chameleon_weights import VQ_PREFIX, weights_to_hf
+from megatron_mm.interop.chameleon_weights import weights_to_hf
+from megatron_mm.interop.rules import VQ_PREFIX
 from megatron_mm.mask import causal
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
+from plain_ops import PlainOps
+from transformers import JanusConfig, JanusForConditionalGeneration
 
 from megatron_mm.config.compose import from_dict_config
 from megatron_mm.config.model import ChameleonConfig
 from megatron_mm.families.registry import FAMILIES, build_family
+from megatron_mm.interop.janus_config import config_to_hf
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -52,6 +56,32 @@ def test_chameleon_s_two_sizes_differ_as_published():
     assert (small.ffn_size, large.ffn_size) == (11008, 22016)
 
 
+@pytest.mark.parametrize(("name", "published"), [("janus_pro_1b", 2.09), ("janus_pro_7b", 7.42)])
+def test_janus_has_the_parameters_of_hugging_face_s(name, published):
+    """Built without memory, part by part, against transformers' model of the same sizes; published: its files."""
+    config = load(name)
+    family = build_family(config, 100_000)
+    original = hf_janus(config)
+    weights = {n: p.numel() for n, p in original.named_parameters()}
+    tokenizer = sum(count for n, count in weights.items() if n.startswith("model.vqmodel."))
+    with torch.device("meta"):
+        front, back = family.build_front(PlainOps()), family.build_back(PlainOps())
+    ends = sum(p.numel() for part in (front, back) for p in part.parameters())
+    trunk = billions(family.trunk, 0) * 1e9 + (2 * family.trunk.num_layers + 1) * family.trunk.hidden_size
+    assert ends + round(trunk) == sum(weights.values()) - tokenizer
+    # The published files also hold the encoder's pooling head, which no one reads: 13M.
+    assert (sum(weights.values()) + 13e6) / 1e9 == pytest.approx(published, rel=0.003)
+    assert family.length(10, 1, 1) == 2 + 10 + 2 + 576
+
+
+def hf_janus(config):
+    """transformers' model of our configuration, on the meta device."""
+    vocab = build_family(config, 100_000).vocab
+    hf = JanusConfig.from_dict(config_to_hf(config, vocab, {}) | {"tie_word_embeddings": False})
+    with torch.device("meta"):
+        return JanusForConditionalGeneration(hf)
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_config_builds_its_family(path):
     config = load(path.stem)
@@ -61,5 +91,5 @@ def test_every_model_config_builds_its_family(path):
 
 
 def test_unknown_families_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=f"model.family=janus: use one of {', '.join(sorted(FAMILIES))}"):
-        build_family(replace(ChameleonConfig(), family="janus"), 256)
+    with pytest.raises(ValueError, match=f"model.family=gpt: use one of {', '.join(sorted(FAMILIES))}"):
+        build_family(replace(ChameleonConfig(), family="gpt"), 256)

@@ -102,7 +102,8 @@ def test_interleaved(sample, kinds):
     for first, end in spans:
         dense[first:end, :end] = True
     np.testing.assert_array_equal(masks.dense(document.mask), dense)
-    assert n == fam.length(sum(len(s.ids) for s in sample(kinds, codes).segments if hasattr(s, "ids")), 2, len(spans))
+    words = sum(len(s.ids) for s in sample(kinds, codes).segments if hasattr(s, "ids"))
+    assert n == fam.length(words, 2, len(spans)) - (len(spans) == 1), "one image may have to name a task"
 
 
 def test_pairs_are_shared_out(sample):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_mm.config.model import ChameleonConfig, TrunkConfig
-from megatron_mm.interop.chameleon_weights import VQ_PREFIX, rules, weights_from_hf, weights_to_hf
+from megatron_mm.interop.chameleon_weights import rules, weights_from_hf, weights_to_hf
+from megatron_mm.interop.rules import VQ_PREFIX
 
 VOCAB = 200
 TRUNK = TrunkConfig(2, 32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48, qk_layernorm=True)

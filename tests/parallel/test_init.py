@@ -7,8 +7,10 @@ import pytest
 import torch
 from distributed import run_ranks
 from sharded import assemble, local_shards
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_mm.config.compose import Config
+from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import ChameleonConfig, ImageConfig, TransfusionConfig, TrunkConfig
 from megatron_mm.config.schema import ParallelConfig, TrainConfig
 from megatron_mm.engines.megatron import build_chunks
@@ -34,6 +36,7 @@ MODELS = {
     ),
     "biased_swiglu": ChameleonConfig(trunk=replace(TRUNK, add_bias_linear=True), image_codes=16),
     "experts": ChameleonConfig(trunk=replace(TRUNK, num_experts=4, moe_layer_freq=3), image_codes=16),
+    "janus": JanusConfig(trunk=TRUNK, image_codes=16, encoder=EncoderConfig(24, 2, 2, image_size=8, patch_size=4)),
     "transfusion": TransfusionConfig(trunk=TRUNK, image=ImageConfig(height=8, width=8), patch_codec="unet"),
 }
 CPU = torch.device("cpu")
@@ -46,9 +49,13 @@ def shards(init, model, seed, parallel):
         return local_shards(build_chunks(config, build_family(model, 256), layout, CPU))
 
 
-def weights(name, seed=0, ranks=None, **parallel):
+def weights(name, seed=0, **parallel):
+    return weights_of(MODELS[name], seed, **parallel)
+
+
+def weights_of(model, seed=0, ranks=None, **parallel):
     ranks = ranks or ParallelConfig(**parallel).model_parallel_size
-    return assemble(run_ranks(shards, ranks, MODELS[name], seed, parallel))
+    return assemble(run_ranks(shards, ranks, model, seed, parallel))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,21 @@ def test_weights_follow_their_rule(whole, name):
         std = 0.02 / math.sqrt(2 * 4) if key.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0.02
         assert abs(weight.std() / std - 1) < 5 / math.sqrt(2 * weight.numel()), key
         assert abs(weight.mean() / std) < 5 / math.sqrt(weight.numel()), key
+
+
+@pytest.mark.parametrize("parallel", [{}, {TP: 2, PP: 2}], ids=str)
+def test_a_pretrained_encoder_takes_the_place_of_drawn_weights(whole, parallel, tmp_path):
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=8, patch_size=4, hidden_act="gelu"))
+    siglip.save_pretrained(tmp_path)
+    ours = weights_of(replace(MODELS["janus"], encoder_path=str(tmp_path)), **parallel)
+    theirs = {f"front.vision.encoder.{name}": weight for name, weight in siglip.state_dict().items()}
+    assert {name for name in ours if ".encoder." in name} < theirs.keys(), "all but the pooling head"
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs.get(name, whole["janus"][name])), name
+    patch = "front.vision.encoder.embeddings.patch_embedding.weight"
+    assert not torch.equal(ours[patch], whole["janus"][patch])
 
 
 @pytest.mark.parametrize("name", ["chameleon", "experts"])

@@ -92,7 +92,10 @@ def test_adapters_in_the_trunk_are_exact_under_every_layout(name, oracle):
 @pytest.mark.parametrize(
     ("lora", "said"),
     [
-        (LoraConfig(rank=2, targets=("decoder.layers.*.mpl.*",)), r"lora\.targets: .*mpl.* none of the 8 linear layers"),
+        (
+            LoraConfig(rank=2, targets=("decoder.layers.*.mpl.*",)),
+            r"lora\.targets: .*mpl.* none of the 8 linear layers",
+        ),
         (LoraConfig(rank=2, also_train=("fornt.*",)), r"lora\.also_train: fornt.* none of the \d+ parameters"),
     ],
 )

@@ -81,5 +81,5 @@ def test_a_layer_is_mixtrals(dispatcher):
     assert routing.balance == pytest.approx(balance.item(), rel=1e-5)
     chosen = (x @ given["gate"].T).topk(2).indices
     for number, modality in enumerate(("text", "image"), 1):
-        counted = torch.bincount(chosen[KINDS == number].flatten(), minlength=EXPERTS)
+        counted = torch.bincount(chosen[number == KINDS].flatten(), minlength=EXPERTS)
         assert routing.load[0, number - 1].tolist() == counted.tolist(), modality

@@ -67,6 +67,34 @@ def test_norms_and_biases_do_not_decay(distributed, options):
         assert factor == pytest.approx(0.5 if decays else 1.0, rel=1e-5), name
 
 
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_multipliers_scale_the_learning_rate_of_what_they_name(distributed):
+    """The first pattern that matches counts; with lr 1 and decay 0.5 a step without gradient leaves 1 - factor / 2."""
+    patterns = "{decoder.layers.2.*: 0.5, decoder.*: 0.2, back.*: 1}"
+    (factors,) = run_ranks(
+        _engine, 1, _decay, f"optim.lr_multipliers={patterns}", f"parallel.use_distributed_optimizer={distributed}"
+    )
+    for name, factor in factors.items():
+        expected = 0.75 if ".layers.2." in name else 0.9 if name.startswith("decoder") else 0.5
+        if "norm" not in name and not name.endswith("bias"):
+            assert factor == pytest.approx(expected, rel=1e-5), name
+
+
+def _frozen(engine):
+    held = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
+    trained = sum(p.numel() for p in engine.models[0].parameters() if p.requires_grad)
+    return engine.trained_of, trained, held, engine.schedule.get_lr({})
+
+
+def test_the_optimizer_holds_only_what_trains():
+    """Weights of a layer by hand: 64 wide, 4 heads over 2 keys of 16 channels, 192 in the feed-forward; norms
+    of the layer, and with biases of its heads."""
+    layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 192 + 2 * 64 + 2 * 16 * (4 + 2)
+    (result,) = run_ranks(_engine, 1, _frozen, "optim.trainable=[decoder.layers.1.*]", "optim.frozen=[back.*]")
+    (trained, everything), *counts, lr = result
+    assert [trained, *counts] == [layer, layer, layer] and everything > 4 * layer and lr == 1.0
+
+
 def _nan_step(engine):
     before = [p.detach().clone() for p in engine.models[0].parameters()]
     engine.optimizer.zero_grad()

@@ -41,7 +41,12 @@ def test_only_the_experts_that_a_token_uses_count():
     weights = 3 * 4 * 64 + 2 * (40 + 2 * 3 * 128) + 3 * 128 + 80
     assert trunk_flops(trunk, vocab_size=10, tokens=1, pairs=0) == 6 * weights
     mixtral = TrunkConfig(
-        num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336, num_experts=8
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        num_experts=8,
     )
     # Mixtral 8x7B: 46.7e9 parameters, 12.9e9 of them active.
     assert mixtral.trunk_weights + 2 * 32000 * 4096 == pytest.approx(46.7e9, rel=1e-3)

@@ -119,18 +119,22 @@ def test_images_are_those_of_the_official_loop(family, scale, folder):
     assert ours == plain_loop and len(set(ours)) > 3
 
 
-def answer_plainly(model, per_step):
-    """(generated text, that of LLaDA's loop): blocks of 8 of 16, every block's most confident tokens first."""
-    vocab, mask_id, block, length = model.family.vocab, model.family.mask_id, 8, 16
+def answer_plainly(model, per_step, unit, block):
+    """(generated text, that of LLaDA's loop) of up to 13 tokens, every block's most confident tokens first."""
+    vocab, mask_id = model.family.vocab, model.family.mask_id
     image = ImageSegment(np.arange(16).reshape(4, 4))
-    settings = SamplingConfig(temperature=0.0, tokens_per_step=per_step, max_new_tokens=13)
+    settings = SamplingConfig(temperature=0.0, tokens_per_step=per_step, max_new_tokens=13, block_length=block)
     (generated,) = generate(model, [[image, text(5, 6)]], "image_to_text", settings)
     codes = (image.data.ravel() + vocab.image_start).tolist()
     head = [vocab.special["mmu"], vocab.boi, *codes, vocab.eoi, vocab.bos, 5, 6]
-    x = np.array([*head, *[mask_id] * length])
-    full = np.tile(np.array([[0], [len(x)], [len(x)]], np.int32), (1, len(x)))
+    x = np.array(head)
     forbidden = [vocab.pad, vocab.bos, vocab.boi, vocab.eoi, *vocab.special.values()]
-    for first in range(len(head), len(x), block):
+    for first in range(len(head), len(head) + -(-13 // unit) * unit, block):
+        if vocab.eos in x[len(head) :]:
+            break
+        if first == len(x):
+            x = np.append(x, [mask_id] * unit)
+            full = np.tile(np.array([[0], [len(x)], [len(x)]], np.int32), (1, len(x)))
         for _ in range(-(-block // per_step)):
             logits = logits_of(model, x, full).double()
             logits[:, forbidden] = logits[:, vocab.image_start :] = -torch.inf
@@ -140,16 +144,15 @@ def answer_plainly(model, per_step):
             taken = p.topk(per_step).indices
             taken = taken[p[taken] > -torch.inf]
             x[taken] = x0[taken].numpy()
-        if vocab.eos in x[first : first + block]:
-            break
     answer = x[len(head) :].tolist()
     ends = [i for i, token in enumerate(answer) if token in (vocab.eos, mask_id)]
     return [t for s in generated for t in s.ids.tolist()], answer[: min([*ends, 13])]
 
 
-@pytest.mark.parametrize("per_step", [1, 3])
-def test_answers_are_those_of_lladas_loop(per_step, folder):
-    ours, plain_loop = with_model(answer_plainly, config_for("mmada", folder, *FP64), per_step)
+@pytest.mark.parametrize(("per_step", "unit", "block"), [(1, 8, 8), (3, 8, 8), (1, 16, 8), (2, 8, 4)])
+def test_answers_are_those_of_lladas_loop(per_step, unit, block, folder):
+    config = config_for("mmada", folder, f"model.text_block={unit}", *FP64)
+    ours, plain_loop = with_model(answer_plainly, config, per_step, unit, block)
     assert ours == plain_loop and len(ours) > 0
 
 

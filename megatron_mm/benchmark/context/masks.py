@@ -48,7 +48,7 @@ class _Dataset:
         tokenizer = load_tokenizer(config.data.tokenizer)
         self._family = build_family(config.model, tokenizer.size)
         index = build_index(config.data.path, tokenizer)
-        self._reader = SampleReader(index, tokenizer, _Blank(config, self._family))
+        self._reader = SampleReader(index, tokenizer, _Blank(config, self._family), self._family.pixels)
         self._lengths = document_lengths(index, self._family)
         self._seed = study.config.seed
 
@@ -78,7 +78,7 @@ class _Blank:
     """What `SampleReader` asks of an image codec, with pictures unread: a mask does not depend on what they show."""
 
     def __init__(self, config: Config, family: Family):
-        image, self.codes = config.model.image, family.vocab.image_codes
+        image, self.codes = config.model.image, family.image_codes
         size = (image.height, image.width)
         self._make = (
             partial(np.zeros, size, np.int64) if self.codes else partial(np.zeros, (image.channels, *size), np.float32)

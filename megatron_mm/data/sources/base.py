@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -21,3 +22,9 @@ class Source:
     splits: Mapping[str, Iterable[Record]]
     codebook: PatchVQCodec | None = None
     vae: VAECodec | None = None
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a record of this key belongs to the val split, which gets `share` of all keys."""
+    draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+    return draw < share * 2**32

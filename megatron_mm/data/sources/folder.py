@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mm.data.index import IMAGE_SUFFIXES
 from megatron_mm.data.shards import Record
-from megatron_mm.data.sources.base import Source
+from megatron_mm.data.sources.base import Source, is_held_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +29,7 @@ def load(args: argparse.Namespace) -> Source:
     for picture in pictures:
         if not picture.with_suffix(".txt").is_file():
             raise ValueError(f"{picture} has no caption: write it to {picture.with_suffix('.txt')}.")
-        draw = int.from_bytes(hashlib.blake2b(_key(args.src, picture).encode(), digest_size=4).digest(), "little")
-        splits["val" if draw < args.held_out * 2**32 else "train"].append(picture)
+        splits["val" if is_held_out(_key(args.src, picture), args.held_out) else "train"].append(picture)
     return Source(
         name=args.src.name,
         licence=args.licence,

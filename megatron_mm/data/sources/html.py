@@ -7,7 +7,6 @@ d`, then `--src d/usr/share/gimp/2.0/help/en`.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -16,7 +15,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from megatron_mm.data.shards import Record
-from megatron_mm.data.sources.base import Source
+from megatron_mm.data.sources.base import Source, is_held_out
 
 UNREAD = {"script", "style", "nav", "head", "header", "footer"}
 BLOCKS = {"p", "div", "li", "dt", "dd", "tr", "br", "pre", "h1", "h2", "h3", "h4"}
@@ -39,8 +38,7 @@ def load(args: argparse.Namespace) -> Source:
         raise ValueError(f"--src {args.src} holds no pages (*.html, *.htm).")
     splits: dict[str, list[Path]] = {"train": [], "val": []}
     for page in pages:
-        draw = int.from_bytes(hashlib.blake2b(_key(args.src, page).encode(), digest_size=4).digest(), "little")
-        splits["val" if draw < args.held_out * 2**32 else "train"].append(page)
+        splits["val" if is_held_out(_key(args.src, page), args.held_out) else "train"].append(page)
     return Source(
         name=args.src.name,
         licence=args.licence,

@@ -1,0 +1,178 @@
+"""Weights between Hugging Face's names and ours, as pure functions over a table of rules.
+
+Both sides keep RoPE half-split, so weights are only renamed, joined and padded: no number changes, and the way back is
+bit-exact. One tensor is converted at a time.
+
+Shape legend: H heads, G key/value heads, Dh head size, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_mm.config.model import TrunkConfig
+from megatron_mm.parallel.ops import padded_vocab_size
+
+LLAMA = {
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "parallel_block": False,
+    "rotary_percent": 1.0,
+    "head_bias": False,
+    "num_experts": None,
+}
+"""What a Llama-like trunk of Hugging Face has without a choice."""
+
+VQ_PREFIX = "model.vqmodel."
+"""Hugging Face's image tokenizers, which are no part of our models."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our weights, the Hugging Face weights it is made of (name -> shape), and the way there and back."""
+
+    name: str
+    sources: dict[str, tuple[int, ...]]
+    join: Callable[..., torch.Tensor]
+    split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.join(*(torch.empty(shape, device="meta") for shape in self.sources.values())).shape
+
+
+def same(name: str, source: str, *shape: int) -> Rule:
+    """The same weight under another name."""
+    return Rule(name, {source: shape}, lambda w: w, lambda w: (w,))
+
+
+def vocabulary(name: str, source: str, size: int, *hidden: int) -> Rule:
+    """A matrix [size, hidden] (or a vector [size]) over a vocabulary, which we pad."""
+    padding = 2 * len(hidden) * (0,) + (0, padded_vocab_size(size) - size)
+    return Rule(name, {source: (size, *hidden)}, lambda w: F.pad(w, padding), lambda w: (w[:size],))
+
+
+def linear(name: str, source: str, outputs: int, inputs: int) -> Iterator[Rule]:
+    """Weight and bias of a linear layer."""
+    yield same(f"{name}.weight", f"{source}.weight", outputs, inputs)
+    yield same(f"{name}.bias", f"{source}.bias", outputs)
+
+
+def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
+    """The transformer layers and the final norm of a model that Hugging Face calls `theirs` (as Llama's, and with
+    Chameleon's norms on heads)."""
+    hidden, heads, groups, size = trunk.hidden_size, trunk.num_attention_heads, trunk.kv_heads, trunk.head_dim
+
+    def join_qkv(*parts: torch.Tensor) -> torch.Tensor:
+        """q [H * Dh, D], k and v [G * Dh, D] -> megatron-core's [G * (H / G + 2) * Dh, D], group by group."""
+        return torch.cat([part.reshape(groups, -1, hidden) for part in parts], 1).flatten(0, 1)
+
+    def split_qkv(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = weight.view(groups, -1, hidden).split([heads // groups * size, size, size], 1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    swin = trunk.norm_placement == "swin"
+    attention_norm, mlp_norm = (
+        ("self_attn_bda.norm", "mlp_bda.norm") if swin else ("input_layernorm", "pre_mlp_layernorm")
+    )
+    qkv = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
+    ffn_shape = (trunk.ffn_size, hidden)
+    yield same("decoder.final_layernorm.weight", f"{theirs}.norm.weight", hidden)
+    for n in range(trunk.num_layers):
+        ours, layer = f"decoder.layers.{n}", f"{theirs}.layers.{n}"
+        attention, their_attention = f"{ours}.self_attention", f"{layer}.self_attn"
+        yield same(f"{ours}.{attention_norm}.weight", f"{layer}.input_layernorm.weight", hidden)
+        yield same(f"{ours}.{mlp_norm}.weight", f"{layer}.post_attention_layernorm.weight", hidden)
+        yield Rule(
+            f"{attention}.linear_qkv.weight",
+            {f"{their_attention}.{part}.weight": (count * size, hidden) for part, count in qkv.items()},
+            join_qkv,
+            split_qkv,
+        )
+        for kind in ("weight", "bias") if trunk.qk_layernorm else ():
+            yield same(f"{attention}.q_layernorm.{kind}", f"{their_attention}.q_norm.{kind}", heads, size)
+            yield same(f"{attention}.k_layernorm.{kind}", f"{their_attention}.k_norm.{kind}", groups, size)
+        yield same(f"{attention}.linear_proj.weight", f"{their_attention}.o_proj.weight", hidden, hidden)
+        yield Rule(
+            f"{ours}.mlp.linear_fc1.weight",
+            {f"{layer}.mlp.{part}_proj.weight": ffn_shape for part in ("gate", "up")},
+            lambda gate, up: torch.cat([gate, up]),
+            lambda weight: weight.chunk(2),
+        )
+        yield same(f"{ours}.mlp.linear_fc2.weight", f"{layer}.mlp.down_proj.weight", *ffn_shape[::-1])
+
+
+def check_trunk(trunk: TrunkConfig, fixed: Mapping[str, Any], theirs: str) -> None:
+    """Raises ValueError, in one sentence, unless Hugging Face's model can hold such a trunk; `fixed` says what it has
+    without a choice."""
+    for key, value in fixed.items():
+        if (ours := getattr(trunk, key)) != value:
+            raise ValueError(
+                f"model.trunk.{key}={_written(ours)}, but Hugging Face's {theirs} always has {_written(value)}: this "
+                "model cannot be converted."
+            )
+
+
+def _written(value: Any) -> str:
+    """As on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def convert_in(rules: Iterable[Rule], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(our name, weight) of every weight; `tensors` may read its values only when asked for them.
+
+    Raises:
+        ValueError: names are missing or left over, or a shape is not the configuration's.
+    """
+    table = list(rules)
+    expected = {name: shape for rule in table for name, shape in rule.sources.items()}
+    check_names("The Hugging Face weights", expected, (n for n in tensors if not n.startswith(VQ_PREFIX)))
+    for rule in table:
+        parts = [tensors[name] for name in rule.sources]
+        for part, (name, shape) in zip(parts, rule.sources.items(), strict=True):
+            _check_shape(name, part, shape)
+        yield rule.name, rule.join(*parts)
+
+
+def convert_out(
+    rules: Iterable[Rule], weights: MutableMapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, weight) of every weight but the image tokenizer's, each with memory of its own.
+
+    Takes them out of `weights`, so that the model is not held twice.
+
+    Raises:
+        ValueError: names are missing or left over, or a shape is not the configuration's.
+    """
+    table = list(rules)
+    check_names("The checkpoint's weights", [rule.name for rule in table], weights)
+    for rule in table:
+        weight = weights.pop(rule.name)
+        _check_shape(rule.name, weight, rule.shape)
+        for name, part in zip(rule.sources, rule.split(weight), strict=True):
+            yield name, part.clone(memory_format=torch.contiguous_format)
+
+
+def check_names(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Raises ValueError, in one sentence, unless both hold the same names."""
+    expected, found = set(expected), set(found)
+    problems = [
+        f"{word} {', '.join(sorted(names)[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for word, names in (("lack", expected - found), ("have the unknown", found - expected))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{what} {' and '.join(problems)}: they are not those of this configuration.")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} is {list(tensor.shape)}, but the configuration says {list(shape)}: they do not match."
+        )

@@ -1,0 +1,86 @@
+"""Sampling from Janus: guidance over a padded prompt, the two heads, and what it is not trained for."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import config_for, with_model
+
+from megatron_mm.config.generate import SamplingConfig
+from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.pack import pack
+from megatron_mm.families.janus import DRAWN
+from megatron_mm.parallel.context.runtime import Part
+from megatron_mm.sampling.generation import generate
+from megatron_mm.sampling.text import choose
+from megatron_mm.types import ImageSegment, Sample, TextSegment
+
+FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
+
+
+def text(*ids):
+    return TextSegment(np.array(ids, dtype=np.int64))
+
+
+def code_logits(model, segments, without_prompt):
+    """Logits [16, V] of an image's codes, by one pass without cache over a finished document."""
+    document, vocab = model.family.lay_out_prompt(Sample(0, "", segments)), model.family.vocab
+    if without_prompt:
+        tokens = document.tokens
+        tokens[(tokens != vocab.bos) & (tokens != vocab.boi)] = vocab.pad
+    fields = {name: model.family.fields[name] for name in document.fields}
+    batch = pack([[document]], len(document.tokens), fields, vocab.pad, [[0]])
+    stage = model.stage
+    first = int(np.flatnonzero(document.fields["kind"] == DRAWN)[0])
+    with torch.no_grad():
+        hidden = stage.hidden(Part.of(batch.to("cpu", stage.config.params_dtype))).transpose(0, 1)
+        return stage.back.code_logits(hidden)[0, first - 1 : first + 15]
+
+
+def guided_codes(model, scale):
+    """Generated codes, and those that (guided) logits of whole sequences give."""
+    settings = SamplingConfig(cfg_scale=scale, temperature=2.0, top_p=0.9)
+    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
+    assert generated.pixels is None
+    logits = code_logits(model, (text(1, 2, 3), generated), without_prompt=False)
+    if scale != 1:
+        u = code_logits(model, (text(1, 2, 3), generated), without_prompt=True)
+        logits = u + scale * (logits - u)
+    allowed = (torch.arange(logits.shape[1]) < 16).expand(16, -1)
+    expected = choose(logits, allowed, torch.tensor(Streams(0, 0, 0).generator("text").random(16)), 2.0, 0.9)
+    return generated.data.ravel().tolist(), expected.tolist()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_codes_equal_plain_logits(scale, folder):
+    ours, expected = with_model(guided_codes, config_for("janus", folder, *FP64), scale)
+    assert ours == expected and len(set(ours)) > 3
+
+
+def greedy_codes(model):
+    """By default and by the paper's scale; the default without condition dropout is none."""
+    settings = [SamplingConfig(temperature=0, cfg_scale=scale) for scale in (None, 5.0, 3.0)]
+    return [generate(model, [[text(5, 6, 7, 8)]], "text_to_image", s)[0][0].data.tolist() for s in settings]
+
+
+def test_guidance_is_the_paper_s_by_default(folder):
+    default, paper, other = with_model(greedy_codes, config_for("janus", folder, *FP64))
+    assert default == paper != other
+
+
+def what_it_writes(model):
+    rng = np.random.default_rng(0)
+    images = [ImageSegment(np.zeros((4, 4), int), rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32)) for _ in range(2)]
+    settings = SamplingConfig(temperature=2.0, max_new_tokens=12)
+    written = [generate(model, [[image, text(9)]], "image_to_text", settings)[0] for image in images]
+    assert all(isinstance(s, TextSegment) and s.ids.max() < 256 for document in written for s in document)
+    with pytest.raises(ValueError, match="mode=interleaved is not what a janus model is trained for: use text_to_im"):
+        generate(model, [[text(1)]], "interleaved")
+    with pytest.raises(ValueError, match="Prompt 1 takes 81 positions and leaves no room for an image"):
+        generate(model, [[text(*([65] * 79))]], "text_to_image")
+    return [[s.ids.tolist() for s in document] for document in written]
+
+
+def test_text_depends_on_the_pixels_alone(folder):
+    """Both images have the same codes, which understanding does not read."""
+    one, other = with_model(what_it_writes, config_for("janus", folder))
+    assert one != other
