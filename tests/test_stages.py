@@ -1,5 +1,6 @@
 """A chain of stages: weights are handed over, what is frozen stays, and a kill costs nothing."""
 
+import fnmatch
 import os
 import signal
 import subprocess
@@ -11,16 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import kill_when, run_ranks
+from plain_ops import PlainOps
 from tiny_runs import make_shards, overrides_for, saved_weights
 
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.config.validate import validate
+from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import job
 from megatron_mm.report.metrics import read_metrics
 from megatron_mm.stages import compose_stages, run_stages
 from megatron_mm.train import StopSignal
 
+STAGE_FILES = Path(__file__).parents[1] / "configs" / "stage"
 STAGES = "stages=[transfusion/patches,transfusion/all]"
 KEYS = [STAGES, "checkpoint.save=${run.dir}/checkpoints", "checkpoint.save_interval=1", "train.train_iters=4"]
 
@@ -172,3 +176,21 @@ def test_mistakes_are_one_sentence(overrides, said):
     with pytest.raises(ConfigError, match=said) as error:
         staged([*BASE, *overrides])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(STAGE_FILES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_stage_composes_and_names_parameters_that_there_are(path):
+    """A pattern that matches nothing would only be told when the stage begins."""
+    family = path.parent.name
+    config = compose([f"model={family}_tiny", f"stage={family}/{path.stem}", "run.name=x", "run.dir=x"])
+    given = build_family(config.model, 256)
+    names = [
+        *(f"front.{name}" for name, _ in given.build_front(PlainOps()).named_parameters()),
+        *(f"back.{name}" for name, _ in given.build_back(PlainOps()).named_parameters()),
+        "decoder.layers.0.mlp.linear_fc1.weight",
+    ]
+    for pattern in (*config.optim.trainable, *config.optim.frozen, *(config.optim.lr_multipliers or {})):
+        assert fnmatch.filter(names, pattern), pattern
+    assert not config.data.sources or config.data.path is None

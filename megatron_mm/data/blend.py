@@ -27,9 +27,9 @@ class Blend(Plan):
 
     def __init__(
         self, lengths: np.ndarray, seq_length: int, seed: int, window: int, sizes: Sequence[int],
-        weights: Sequence[float], by: str,
+        weights: Sequence[float], by: str, images: np.ndarray | None = None,
     ):  # fmt: skip
-        super().__init__(lengths, seq_length, seed, window)
+        super().__init__(lengths, seq_length, seed, window, images)
         self.windows = math.inf
         ends = np.cumsum(sizes)
         self._weights, self._by = tuple(weights), by

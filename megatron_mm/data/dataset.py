@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +44,7 @@ class Layout(Protocol):
     @property
     def pixels(self) -> ImageConfig | None: ...
     def length(self, text_tokens: int, texts: int, images: int) -> int: ...
+    def encoded_images(self, texts: int, images: int, task: str) -> float: ...
     def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
 
 
@@ -65,6 +66,18 @@ def document_lengths(index: Index, layout: Layout) -> np.ndarray:
     lengths = np.array([layout.length(*kind) for kind in unique.tolist()], dtype=np.int64)
     expanded: np.ndarray = lengths[inverse.reshape(-1)]
     return expanded
+
+
+def encoded_images(indices: Sequence[Index], tasks: Sequence[str], layout: Layout) -> np.ndarray | None:
+    """float64 [N]: images of each document that an encoder reads, over all sources; None where none reads any."""
+    found = []
+    for index, task in zip(indices, tasks, strict=True):
+        kinds = np.stack([index.texts, index.images], axis=1)
+        unique, inverse = np.unique(kinds, axis=0, return_inverse=True)
+        costs = np.array([layout.encoded_images(texts, images, task) for texts, images in unique.tolist()], dtype=np.float64)
+        found.append(costs[inverse.reshape(-1)])
+    images = np.concatenate(found)
+    return images if images.any() else None
 
 
 def open_data(
@@ -93,8 +106,9 @@ def open_data(
     firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
     tasks = [(first, source.task) for first, source in zip(firsts, sources, strict=False)]
     reader = SampleReader(index, tokenizer, codec, layout.pixels, tasks)
+    images = encoded_images(parts, [source.task for source in sources], layout)
     if len(sources) == 1:
-        return Plan(lengths, data.seq_length, seed, data.window), reader, ledger
+        return Plan(lengths, data.seq_length, seed, data.window, images), reader, ledger
     for number, (first, end) in enumerate(pairwise(firsts)):
         if (lengths[first:end] > data.seq_length).all():
             raise ValueError(
@@ -102,7 +116,8 @@ def open_data(
                 f"{data.seq_length}: raise it, or take the source out."
             )
     sizes, weights = [len(part) for part in parts], [source.weight for source in sources]
-    return Blend(lengths, data.seq_length, seed, data.window, sizes, weights, data.blend_by), reader, ledger
+    blend = Blend(lengths, data.seq_length, seed, data.window, sizes, weights, data.blend_by, images)
+    return blend, reader, ledger
 
 
 def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:

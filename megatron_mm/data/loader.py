@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from megatron_mm.config.schema import DataConfig
+from megatron_mm.data.balance import deal
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.dataset import Layout
 from megatron_mm.data.pack import pack
@@ -66,7 +67,7 @@ class StepLoader(Generic[Batch]):
     """Iterates steps for ever, `data.prefetch` of them read ahead by `data.num_workers` threads.
 
     Pack k of a step is row i of micro-batch j on rank r, where k = (j * dp_size + r) * micro_batch_size + i, as in
-    Megatron-LM. An error in a sample surfaces at its step, names the sample and closes the loader.
+    Megatron-LM; where an encoder reads images, packs are dealt out by them instead (`megatron_mm.data.balance`). An error in a sample surfaces at its step, names the sample and closes the loader.
 
     Every micro-batch goes through `prepare` in its thread.
 
@@ -133,10 +134,10 @@ class StepLoader(Generic[Batch]):
     def _submit(self) -> None:
         """Hand the next step's packs of this rank to the threads."""
         packs = list(islice(self._walk, self._global_batch_size))
-        size = self._micro_batch_size
+        size, mine = self._micro_batch_size, self._mine([uids for uids, _, _ in packs])
         futures = [
-            self._threads.submit(self._read, [(uids, epochs) for uids, epochs, _ in packs[k : k + size]])
-            for k in range(self._dp_rank * size, len(packs), self._dp_size * size)
+            self._threads.submit(self._read, [packs[k][:2] for k in mine[first : first + size]])
+            for first in range(0, len(mine), size)
         ]
         documents = sum(len(uids) for uids, _, _ in packs)
         tokens = int(sum(self._plan.lengths[list(uids)].sum() for uids, _, _ in packs))
@@ -147,6 +148,13 @@ class StepLoader(Generic[Batch]):
             consumed_tokens=self._submitted.consumed_tokens + tokens,
         )
         self._ahead.append((futures, self._submitted, documents, tokens))
+
+    def _mine(self, packs: list[Pack]) -> list[int]:
+        """Which packs of a step this rank reads."""
+        images, size, ranks = self._plan.images, self._micro_batch_size, self._dp_size
+        if images is not None and ranks > 1:
+            return deal([float(images[list(uids)].sum()) for uids in packs], ranks)[self._dp_rank]
+        return [k for k in range(len(packs)) if k // size % ranks == self._dp_rank]
 
     def _read(self, rows: list[tuple[Pack, Pack]]) -> Batch:
         """One micro-batch, in a thread."""

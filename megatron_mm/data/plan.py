@@ -92,11 +92,15 @@ def plan_window(
 class Plan:
     """The endless sequence of packs. `lengths` int64 [N]: tokens of each document, indexed by uid.
 
+    `images` float64 [N]: how many images of each a vision encoder reads; None where there is none.
     Documents longer than `seq_length` are left out (`megatron_mm.data.dataset` writes them to the ledger or refuses).
     """
 
-    def __init__(self, lengths: np.ndarray, seq_length: int, seed: int, window: int):
+    def __init__(
+        self, lengths: np.ndarray, seq_length: int, seed: int, window: int, images: np.ndarray | None = None
+    ):
         assert (lengths <= seq_length).any(), "no document fits"
+        self.images = images
         self.lengths, self.seq_length, self.seed, self.window = lengths, seq_length, seed, window
         self.documents = int((lengths <= seq_length).sum())
         self.windows: float = -(-self.documents // window)

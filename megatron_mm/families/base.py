@@ -117,6 +117,11 @@ class Family(Protocol):
         """Positions of a document with so many segments and text tokens; an upper bound under condition dropout."""
         ...
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        """How many images of a document networks over whole images read, on average over what is drawn; these are dealt
+        out evenly. `task` as in `Sample`."""
+        ...
+
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """The sample as a sequence, corrupted (noise, masking) by the sample's own streams."""
         ...

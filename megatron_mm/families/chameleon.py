@@ -47,6 +47,9 @@ class Chameleon:
         """Positions of a document; with condition dropout it may turn out shorter."""
         return 2 + text_tokens + images * (2 + self.config.image.height * self.config.image.width)
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return 0.0
+
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.
 

@@ -87,6 +87,11 @@ class Janus:
         image = max(seen, drawn) if texts == images == 1 else seen
         return 2 + text_tokens + images * (2 + image)
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        if texts != 1 or images != 1:
+            return float(images)
+        return {"understanding": 1.0, "generation": 0.0}.get(task, 1.0 - self.config.generation_share)
+
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.
 

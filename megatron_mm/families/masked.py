@@ -48,6 +48,9 @@ class MaskedFamily:
         """Rows and columns of codes in an image."""
         return self.image.height, self.image.width
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return 0.0
+
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)
 

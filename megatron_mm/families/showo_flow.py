@@ -87,6 +87,9 @@ class ShowoFlow:
         h, w = self.grid
         return 2 + text_tokens + images * (3 + h * w)
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return float(images)
+
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.
 
@@ -158,6 +161,7 @@ class ShowoFlowFront(nn.Module):
             intermediate_size=config.semantic_ffn_size,
             num_hidden_layers=config.semantic_layers,
             num_attention_heads=config.semantic_heads,
+            attn_implementation="sdpa",
         )
         self.embedding = ops.vocab_embedding(vocab.size, hidden)
         self.semantic = SemanticLayers(patch_dim, grid, siglip)

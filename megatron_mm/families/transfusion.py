@@ -77,6 +77,9 @@ class Transfusion:
         h, w = self.grid
         return 2 + text_tokens + images * (2 + h * w)
 
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return float(images if self.whole_images else 0)
+
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """See `Family.lay_out`.
 

@@ -23,6 +23,7 @@ IMAGE = ImageConfig(channels=1, height=SIDE, width=SIDE)
 class PixelLayout:
     """BOS, text bytes, and images of SIDE x SIDE positions that see one another; each pixel gets its own noise."""
 
+    encodes = 0
     vocab = SimpleNamespace(pad=256, bos=257, image=258)
     image_codes = 0
     pixels = None
@@ -30,6 +31,9 @@ class PixelLayout:
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         return 1 + text_tokens + images * SIDE * SIDE
+
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return self.encodes * images
 
     def lay_out(self, sample, streams) -> Document:
         tokens, pixels, images = [np.array([self.vocab.bos])], [np.zeros(1)], []
