@@ -36,8 +36,11 @@ from megatron_mm.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from megatron_mm.config.unimoe import UniMoEConfig
 
-ModelConfig = TransfusionConfig | ChameleonConfig | JanusConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
+ModelConfig = (
+    TransfusionConfig | ChameleonConfig | JanusConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig | UniMoEConfig
+)
 FAMILIES: dict[str, type[ModelConfig]] = {
     "transfusion": TransfusionConfig,
     "chameleon": ChameleonConfig,
@@ -45,6 +48,7 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "showo": ShowoConfig,
     "showo_flow": ShowoFlowConfig,
     "mmada": MMaDAConfig,
+    "unimoe": UniMoEConfig,
 }
 
 CONFIG_MODULE = "megatron_mm_configs"

@@ -11,9 +11,10 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
-from megatron_mm.config.janus import JanusConfig
+from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.config.schema import DataConfig
+from megatron_mm.config.unimoe import UniMoEConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
@@ -209,8 +210,8 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     )
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
-    if isinstance(config.model, JanusConfig):
-        yield from _janus(config.model)
+    if isinstance(config.model, JanusConfig | UniMoEConfig):
+        yield from _encoder(config.model.encoder)
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
@@ -275,8 +276,7 @@ def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bo
     )
 
 
-def _janus(model: JanusConfig) -> Iterator[tuple[bool, str]]:
-    encoder = model.encoder
+def _encoder(encoder: EncoderConfig) -> Iterator[tuple[bool, str]]:
     yield (
         encoder.image_size % encoder.patch_size > 0,
         f"model.encoder.patch_size={encoder.patch_size} must divide model.encoder.image_size={encoder.image_size}; "

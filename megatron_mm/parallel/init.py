@@ -40,7 +40,7 @@ def initialize(model: StageModel, seed: int) -> None:
             shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
             if len(shape) > 1:
                 number = "".join(f"/{place}" for place in shard.global_offset[:axes])
-                whole = _normal(f"{seed}/{shard.key}{number}", shape)
+                whole = drawn(seed, f"{shard.key}{number}", shape)
                 place = tuple(slice(o, o + n) for o, n in zip(offset, shard.local_shape, strict=True))
                 shard.data.copy_(whole[place] * std)
     for module in model.modules():
@@ -48,8 +48,8 @@ def initialize(model: StageModel, seed: int) -> None:
             module.load_pretrained()
 
 
-def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal fp32 numbers that depend on `name` alone."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+def drawn(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal fp32 numbers that depend on `seed` and `name` alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
     return torch.randn(shape, generator=generator)
