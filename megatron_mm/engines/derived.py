@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,9 +64,9 @@ def assemble_experts(checkpoints: Sequence[Path], out: Path, overrides: Mapping[
     experts: dict[str, list[torch.Tensor]] = {}
     for number, checkpoint in enumerate(checkpoints):
         for name, weight in _dense_weights(checkpoint).items():
-            start, _, end = name.partition(".mlp.")
-            if end and int(start.rpartition(".")[2]) % trunk.moe_layer_freq == 0:
-                experts.setdefault(f"{start}.mlp.experts.experts.{end}", []).append(weight)
+            found = re.fullmatch(r"(decoder\.layers\.(\d+)\.mlp)\.(.*)", name)
+            if found and int(found[2]) % trunk.moe_layer_freq == 0:
+                experts.setdefault(f"{found[1]}.experts.experts.{found[3]}", []).append(weight)
             elif number == 0:
                 weights[name] = weight
     for name, parts in experts.items():

@@ -66,6 +66,20 @@ def test_one_curve(name, precision, shards, tmp_path, baseline):
     assert_same_curve(steps, baseline(*extra), *((1e-9, 1e-9) if extra else (1e-5, 1e-4)))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "ep2_in_tp2" else pytest.mark.slow)
+     for n in ("ep2_in_tp2", "ep2_in_cp2", "ep2_pp2_interleaved", "micro_batch_2")],
+)  # fmt: skip
+def test_unimoe(name, shards, tmp_path):
+    """Its encoder reads whole images, wherever their positions are."""
+    world_size, overrides = LAYOUTS[name]
+    run = [*SHORT, *FP64, "model.trunk.moe_aux_loss_coeff=0.05"]
+    expected = run_training(overrides_for("unimoe", shards, tmp_path / "one", *run))
+    steps = run_training(overrides_for("unimoe", shards, tmp_path / "cut", *run, *overrides), world_size)
+    assert_same_curve(steps, expected, 1e-9, 1e-9)
+
+
 def test_load_is_logged_by_modality_and_layer(baseline):
     router = baseline()[0]["router"]
     assert {name.split("/")[0] for name in router} == {"layer_0", "layer_2", "mean"}
