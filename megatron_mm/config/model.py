@@ -51,6 +51,9 @@ class TrunkConfig:
     """Weight of the loss that balances experts; 0 leaves it out."""
     moe_token_dispatcher_type: str = choice("alltoall", "allgather")
     """How tokens reach experts on other ranks: each to where it is wanted, or all to all of them."""
+    moe_grouped_gemm: bool = False
+    """A rank's experts in one product (torch's grouped_mm) in place of one after the other, where they have no
+    adapters."""
 
     @property
     def kv_heads(self) -> int:

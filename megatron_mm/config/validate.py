@@ -269,6 +269,12 @@ def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bo
         f"model.trunk.num_experts={experts} with parallel.tensor_model_parallel_size={tp} needs "
         "parallel.sequence_parallel=true, or each tensor rank would route every token; set it.",
     )
+    for other, value in (
+        ("model.trunk.add_bias_linear=true", trunk.add_bias_linear),
+        ("train.precision=fp64", config.train.precision == "fp64"),
+        ("parallel.overlap_param_gather=true", parallel.overlap_param_gather),
+    ):
+        yield trunk.moe_grouped_gemm and value, f"model.trunk.moe_grouped_gemm=true cannot do with {other}; drop one."
     yield (
         parallel.feed_forward_block is not None,
         f"parallel.feed_forward_block={parallel.feed_forward_block} does not reach into experts; leave it null with "

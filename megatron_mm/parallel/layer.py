@@ -162,7 +162,7 @@ def _layer_spec(config: TrunkTransformerConfig, experts: bool) -> ModuleSpec:
             ),
             self_attn_bda=residual,
             pre_mlp_layernorm=IdentityOp if config.parallel_block else pre_norm,
-            mlp=experts_spec() if experts else dense,
+            mlp=experts_spec(config) if experts else dense,
             mlp_bda=residual,
         ),
     )

@@ -231,6 +231,8 @@ def _mark_expert(layer: nn.Module) -> None:
     or not."""
     for parameter in layer.parameters():
         parameter.allreduce = not layer.is_expert
+        if layer.is_expert:
+            parameter.sequence_parallel = False  # megatron-core's row bias, which other tensor ranks do not share
 
 
 def _sharded(module: nn.Module, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:

@@ -98,12 +98,36 @@ class Experts(MoELayer):
         self.router.kinds = kinds
 
 
-def experts_spec() -> ModuleSpec:
-    experts = MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear)
-    return ModuleSpec(
-        module=Experts,
-        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts), router=Router),
-    )
+class GroupedExperts(SequentialMLP):
+    """The experts of a rank in one product for each of their two matrices (torch's `grouped_mm`), over the same
+    weights; one expert after the other where they have adapters, whose rank may be too narrow for it."""
+
+    config: TrunkTransformerConfig
+
+    def forward(
+        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """tokens [T, D], expert after expert, and their shares [T] -> [T, D]."""
+        if any(linear.lora for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)):
+            return super().forward(tokens, tokens_per_expert, shares)
+        ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
+        inner = self._product(tokens, "linear_fc1", ends)
+        if self.config.gated_linear_unit:
+            gate, up = inner.chunk(2, -1)
+            inner = self.config.activation_func(gate) * up
+        else:
+            inner = self.config.activation_func(inner)
+        return self._product((inner * shares[:, None]).to(tokens.dtype), "linear_fc2", ends), None
+
+    def _product(self, x: torch.Tensor, name: str, ends: torch.Tensor) -> torch.Tensor:
+        weights = torch.stack([getattr(expert, name).weight for expert in self.local_experts])
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+
+
+def experts_spec(config: TrunkTransformerConfig) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear)
+    experts = ModuleSpec(module=GroupedExperts if config.grouped_experts else SequentialMLP, submodules=linears)
+    return ModuleSpec(module=Experts, submodules=MoESubmodules(experts=experts, router=Router))
 
 
 @dataclass(frozen=True)

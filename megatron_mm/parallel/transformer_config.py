@@ -30,6 +30,8 @@ class TrunkTransformerConfig(TransformerConfig):
     liger_rms_norm: bool = False
     feed_forward_block: int | None = None
     lora: LoraConfig = LoraConfig()
+    grouped_experts: bool = False
+    """Not megatron-core's `moe_grouped_gemm`, which needs Transformer Engine or a library of its own."""
     router_balance_scale: float = 0.0
     """Weight of a row's balancing loss in one layer with experts."""
 
@@ -92,6 +94,7 @@ def transformer_config(
         moe_router_topk=trunk.moe_router_topk,
         moe_token_dispatcher_type=trunk.moe_token_dispatcher_type,
         moe_router_load_balancing_type="none",
+        grouped_experts=trunk.moe_grouped_gemm,
         router_balance_scale=trunk.moe_aux_loss_coeff / (train.global_batch_size * max(trunk.moe_layers, 1)),
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,

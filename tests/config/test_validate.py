@@ -6,6 +6,7 @@ from megatron_mm.config.compose import ConfigError, compose
 from megatron_mm.config.validate import validate
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+GROUPED = "model.trunk.moe_grouped_gemm=true"
 EP, EXPERTS = "parallel.expert_model_parallel_size", "model.trunk.num_experts"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 CP, COMM = "parallel.context_parallel_size", "parallel.context_parallel_comm"
@@ -84,6 +85,7 @@ def test_accepts(world_size, overrides):
         (1, [f"{EXPERTS}=4", "model.trunk.moe_router_topk=5"], r"moe_router_topk=5 must be 2 "),
         (2, [f"{EXPERTS}=4", f"{TP}=2"], r"tensor_model_parallel_size=2 needs parallel\.sequence_parallel=true"),
         (1, [f"{EXPERTS}=4", "parallel.feed_forward_block=32"], r"feed_forward_block=32 does not reach into experts"),
+        (1, [f"{EXPERTS}=4", GROUPED, "model.trunk.add_bias_linear=true"], r"grouped_gemm=true cannot do with .*bias"),
         (1, ["lora.rank=2", "lora.targets=[]"], r"lora\.rank=2 has no layers to adapt"),
         (1, ["lora.rank=2", "lora.alpha=0"], r"lora\.alpha=0 switches the adapters off"),
         (1, ["lora.dropout=0.1", "parallel.feed_forward_block=8"], r"lora\.dropout=0\.1 does not know the blocks"),

@@ -8,6 +8,7 @@ PP, VPP = "parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_
 EP, EP4 = "parallel.expert_model_parallel_size=2", "parallel.expert_model_parallel_size=4"
 CP, FULL = "parallel.context_parallel_size=2", "parallel.recompute_granularity=full"
 PLAIN = "parallel.use_distributed_optimizer=false"
+GROUPED = "model.trunk.moe_grouped_gemm=true"
 GATHER = "model.trunk.moe_token_dispatcher_type=allgather"
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS = {
@@ -28,6 +29,8 @@ LAYOUTS = {
     "ep2_cp2": (4, [EP, CP]),
     "recompute_full": (1, [FULL]),
     "ep2_tp2_recompute_full": (2, [EP, *TP, FULL]),
+    "grouped": (1, [GROUPED]),
+    "ep2_tp2_grouped": (2, [EP, *TP, GROUPED]),
     "micro_batch_2": (1, ["train.micro_batch_size=2"]),
 }
 FAST = ("ep2", "ep2_in_tp2")
@@ -59,11 +62,21 @@ def assert_same_curve(steps, expected, tolerance, norm_tolerance):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
 def test_one_curve(name, precision, shards, tmp_path, baseline):
     world_size, overrides = LAYOUTS[name]
-    if precision == "fp64" and name == "ep2_overlap":
-        pytest.skip("fp64 has no distributed optimizer, and overlap needs it")
+    if precision == "fp64" and (name == "ep2_overlap" or "grouped" in name):
+        pytest.skip("needs the distributed optimizer or products that fp64 has not")
     extra = FP64 if precision == "fp64" else []
     steps = run_training(overrides_for("transfusion_experts", shards, tmp_path, *SHORT, *overrides, *extra), world_size)
     assert_same_curve(steps, baseline(*extra), *((1e-9, 1e-9) if extra else (1e-5, 1e-4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ep2_in_tp2", "tp2", "ep2_pp2_interleaved"])
+def test_experts_with_biases(name, shards, tmp_path):
+    world_size, overrides = LAYOUTS[name]
+    run = [*SHORT, *FP64, "model.trunk.add_bias_linear=true", "model.trunk.activation=gelu"]
+    expected = run_training(overrides_for("transfusion_experts", shards, tmp_path / "one", *run))
+    steps = run_training(overrides_for("transfusion_experts", shards, tmp_path / "cut", *run, *overrides), world_size)
+    assert_same_curve(steps, expected, 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ TRUNK = TrunkConfig(
 KINDS = torch.tensor([[1, 1, 2, 2, 2, 1], [1, 2, 2, 0, 0, 0]], dtype=torch.int32).T
 
 
-def moe_layer(init, precision, x, weights, dispatcher):
+def moe_layer(init, precision, x, weights, dispatcher, grouped):
     """(output, gradients of the input and of every weight, routing) of our layer; the loss is sum(output ** 2)."""
-    trunk = TrunkConfig(**{**TRUNK.__dict__, "moe_token_dispatcher_type": dispatcher})
+    trunk = TrunkConfig(**{**TRUNK.__dict__, "moe_token_dispatcher_type": dispatcher, "moe_grouped_gemm": grouped})
     config = config_of(trunk, precision)
     with process_groups(config.parallel, 0, CPU, **init) as layout:
         (model,) = build_chunks(config, build_family(config.model, 256), layout, CPU)
@@ -48,8 +48,8 @@ def moe_layer(init, precision, x, weights, dispatcher):
         return output.detach(), gradients, collect_routing([model])
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-def test_a_layer_is_mixtrals(dispatcher):
+@pytest.mark.parametrize(("dispatcher", "grouped"), [("alltoall", False), ("allgather", False), ("alltoall", True)])
+def test_a_layer_is_mixtrals(dispatcher, grouped):
     torch.manual_seed(0)
     block = MixtralSparseMoeBlock(
         MixtralConfig(hidden_size=WIDTH, intermediate_size=FFN, num_local_experts=EXPERTS, num_experts_per_tok=2)
@@ -72,7 +72,7 @@ def test_a_layer_is_mixtrals(dispatcher):
 
     weights = {"gate": block.gate.weight, "up": block.experts.gate_up_proj, "down": block.experts.down_proj}
     given = {name: weight.detach() for name, weight in weights.items()}
-    ours, gradients, routing = run_ranks(moe_layer, 1, "fp32", x, given, dispatcher)[0]
+    ours, gradients, routing = run_ranks(moe_layer, 1, "fp32", x, given, dispatcher, grouped)[0]
     torch.testing.assert_close(ours, output.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients["x"], theirs.grad, rtol=1e-4, atol=1e-4)
     for name, weight in weights.items():
