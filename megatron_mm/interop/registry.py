@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_mm.interop import chameleon_config, chameleon_weights, janus_config, janus_weights
+from megatron_mm.interop.rules import Rule
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -20,12 +21,14 @@ class Converter:
     trunk: what Hugging Face's has of a trunk, without a choice.
     overrides_from_hf: (config.json, tokenizer.json or {}) -> `model.*` overrides.
     config_to_hf: (model config, vocabulary, config.json that it came from or {}) -> config.json.
+    rules: (model config, vocabulary size) -> a rule for every weight.
     weights_from_hf, weights_to_hf: (weights, model config, vocabulary size) -> weights.
     """
 
     trunk: Mapping[str, Any]
     overrides_from_hf: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
     config_to_hf: Callable[..., dict[str, Any]]
+    rules: Callable[..., Iterator[Rule]]
     weights_from_hf: Callable[..., Weights]
     weights_to_hf: Callable[..., Weights]
 
@@ -35,6 +38,7 @@ CONVERTERS = {
         chameleon_config.TRUNK,
         lambda hf, tokenizer: chameleon_config.overrides_from_hf(hf),
         chameleon_config.config_to_hf,
+        chameleon_weights.rules,
         chameleon_weights.weights_from_hf,
         chameleon_weights.weights_to_hf,
     ),
@@ -42,6 +46,7 @@ CONVERTERS = {
         janus_config.TRUNK,
         janus_config.overrides_from_hf,
         janus_config.config_to_hf,
+        janus_weights.rules,
         janus_weights.weights_from_hf,
         janus_weights.weights_to_hf,
     ),

@@ -25,6 +25,7 @@ LLAMA = {
     "parallel_block": False,
     "rotary_percent": 1.0,
     "head_bias": False,
+    "num_experts": None,
 }
 """What a Llama-like trunk of Hugging Face has without a choice."""
 
