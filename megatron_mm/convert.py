@@ -2,6 +2,9 @@
 
     python -m megatron_mm.convert from_hf src=HF_DIR out=CHECKPOINT_DIR [model.trunk.hidden_dropout=0.1 ...]
     python -m megatron_mm.convert to_hf checkpoint=CHECKPOINT_DIR out=HF_DIR
+    python -m megatron_mm.convert to_peft checkpoint=CHECKPOINT_DIR out=PEFT_DIR        (its LoRA adapters alone)
+    python -m megatron_mm.convert merge_lora checkpoint=CHECKPOINT_DIR out=CHECKPOINT_DIR
+    python -m megatron_mm.convert assemble_experts checkpoints=[DIR,...] out=CHECKPOINT_DIR [model.trunk.KEY=...]
 
 One process without a GPU, whatever layout the run that loads the checkpoint has (`checkpoint.load=CHECKPOINT_DIR`).
 Chameleon and Janus as transformers has them; Show-o and MMaDA as their own code has them. What a model has besides its
@@ -27,9 +30,11 @@ from megatron_mm.config.validate import validate
 from megatron_mm.data.files import replacing
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, common_state, resolve
+from megatron_mm.engines.derived import assemble_experts, checkpoint_config, merge_lora
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
+from megatron_mm.interop.peft import adapters_to_peft, config_to_peft
 from megatron_mm.interop.registry import CONVERTERS, family_of
 from megatron_mm.interop.rules import VQ_PREFIX, check_trunk
 from megatron_mm.interop.safetensors_folder import WeightsFolder, save_safetensors
@@ -80,9 +85,10 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     """
     path = resolve(checkpoint)
     config = from_dict_config(OmegaConf.create(common_state(path)["config"]))
+    if config.lora.rank:
+        raise ValueError(f"{path} holds LoRA adapters: merge_lora merges them first, and to_peft exports them alone.")
     if config.model.family not in CONVERTERS:
-        known = " and ".join(CONVERTERS)
-        raise ValueError(f"{path} is a {config.model.family} model, but to_hf converts only {known}.")
+        raise ValueError(f"{path} is a {config.model.family} model, but to_hf converts only {_known()}.")
     converter = CONVERTERS[config.model.family]
     vocab = _vocabulary(config)
     original = path.parent / CONFIG_FILE
@@ -100,23 +106,78 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     logger.info("converted %s to %s", path, out)
 
 
+def to_peft(checkpoint: Path, out: Path) -> None:
+    """Writes the LoRA adapters of the checkpoint as adapter_config.json and adapter_model.safetensors in `out`, which
+    peft puts on the Hugging Face model that the rest of the weights is.
+
+    Raises:
+        ValueError: the checkpoint has no adapters, or Hugging Face does not have its model.
+    """
+    config = checkpoint_config(checkpoint)
+    if config.model.family not in CONVERTERS:
+        raise ValueError(f"{checkpoint} is a {config.model.family} model, but to_peft converts only {_known()}.")
+    if not config.lora.rank:
+        raise ValueError(f"{checkpoint} has no LoRA adapters: it was written with lora.rank=0.")
+    with single_process(torch.device("cpu")):
+        weights = load_whole_weights(checkpoint)
+    rules = CONVERTERS[config.model.family].rules(config.model, _vocabulary(config).size)
+    tensors = dict(adapters_to_peft(weights, rules))
+    _make_folder(out)
+    save_safetensors(out / "adapter_model.safetensors", tensors)
+    _write_json(out / "adapter_config.json", config_to_peft(config.lora, tensors))
+    logger.info("exported the adapters of %s to %s", checkpoint, out)
+
+
+def merge(checkpoint: Path, out: Path) -> None:
+    """Writes the checkpoint to `out` with its LoRA adapters merged; raises as `engines.derived.merge_lora`."""
+    with single_process(torch.device("cpu")):
+        merge_lora(checkpoint, out)
+    logger.info("merged the adapters of %s into %s", checkpoint, out)
+
+
+def assemble(checkpoints: str, out: Path, overrides: list[str]) -> None:
+    """Writes a model to `out` whose experts are the feed-forwards of `checkpoints` ("[a, b]"), dense models all; raises
+    as `engines.derived.assemble_experts`."""
+    folders = [Path(folder.strip()) for folder in checkpoints.strip("[]").split(",")]
+    nested = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    with single_process(torch.device("cpu")):
+        config = assemble_experts(folders, out, nested)
+    validate(config, config.parallel.model_parallel_size)
+    logger.info("assembled %d experts a layer in %s", len(folders), out)
+
+
+FROM_CHECKPOINT = {"to_hf": to_hf, "to_peft": to_peft, "merge_lora": merge}
+NEEDED = {
+    "from_hf": ("src", "out"),
+    **dict.fromkeys(FROM_CHECKPOINT, ("checkpoint", "out")),
+    "assemble_experts": ("checkpoints", "out"),
+}
+"""What each command cannot do without."""
+
+
 def main(arguments: list[str]) -> None:
     """The command line; raises ValueError for what it cannot make sense of."""
-    direction, *pairs = arguments or ["help"]
-    needed = {"from_hf": ("src", "out"), "to_hf": ("checkpoint", "out")}.get(direction)
-    if needed is None:
-        raise ValueError(f"{direction} is neither from_hf nor to_hf: write from_hf src=DIR out=DIR.")
+    command, *pairs = arguments or ["help"]
+    if command not in NEEDED:
+        raise ValueError(f"{command} is none of {', '.join(NEEDED)}: write from_hf src=DIR out=DIR.")
+    needed = NEEDED[command]
     given = dict(pair.split("=", 1) for pair in pairs if pair.partition("=")[0] in needed)
     for name in needed:
         if not given.get(name):
-            raise ValueError(f"{name}= is not given: write {direction} {' '.join(f'{n}=DIR' for n in needed)}.")
+            raise ValueError(f"{name}= is not given: write {command} {' '.join(f'{n}=DIR' for n in needed)}.")
     others = [pair for pair in pairs if pair.partition("=")[0] not in needed]
-    if direction == "from_hf":
+    if command == "from_hf":
         from_hf(Path(given["src"]), Path(given["out"]), others)
+    elif command == "assemble_experts":
+        assemble(given["checkpoints"], Path(given["out"]), others)
     elif others:
-        raise ValueError(f"to_hf takes only {' and '.join(needed)}: leave out {others[0]}.")
+        raise ValueError(f"{command} takes only {' and '.join(needed)}: leave out {others[0]}.")
     else:
-        to_hf(Path(given["checkpoint"]), Path(given["out"]))
+        FROM_CHECKPOINT[command](Path(given["checkpoint"]), Path(given["out"]))
+
+
+def _known() -> str:
+    return " and ".join(CONVERTERS)
 
 
 def _vocabulary(config: Config) -> Vocabulary:

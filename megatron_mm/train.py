@@ -172,6 +172,7 @@ def _row(config, family, layout, device, iteration: int, step: Step, metrics: St
         "loss": metrics.loss,
         **{f"loss/{name}": value for name, value in metrics.losses.items()},
         **{f"count/{name}": value for name, value in metrics.counts.items()},
+        **{f"router/{name}": share for name, share in metrics.router.items()},
         "grad_norm": metrics.grad_norm,
         "learning_rate": metrics.learning_rate,
         "iteration_seconds": seconds,

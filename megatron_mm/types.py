@@ -39,6 +39,10 @@ TASKS = ("auto", "understanding", "generation")
 """image -> text is understanding, text -> image is generation."""
 
 
+MODALITIES = ("text", "image")
+"""What a position can be, from 1 on; 0 is padding."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training document as read from a shard.
@@ -91,8 +95,9 @@ class PackedBatch:
     """One micro-batch of packs: what the data path hands to the engine, the same for every family and layout.
 
     tokens int64 [B, S].
-    meta int32 [B, 5, S], the only thing that every transformer layer sees: rows 0-2 the interval mask (lo, hi, until)
-      in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key.
+    meta int32 [B, 6, S], the only thing that every transformer layer sees: rows 0-2 the interval mask (lo, hi, until)
+      in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key,
+      row 5 the kind (0 is padding, from 1 on the modality).
     fields: name -> tensor [B, S, ...], read by the family's front, back and counts only.
     images int32 [M, 4]: (row, first position, grid height, grid width) of every image span.
     documents, real_tokens: how many documents and non-padding tokens the rows hold.

@@ -16,7 +16,8 @@ def local_shards(models: list) -> list[Shard]:
             built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
             for part in built.values() if isinstance(built, dict) else built:
                 if isinstance(part, ShardedTensor):
-                    shards.append((part.key, part.global_shape, part.global_offset, part.data.detach().clone()))
+                    data = part.data.detach().clone()[(None,) * part.prepend_axis_num]
+                    shards.append((part.key, part.global_shape, part.global_offset, data))
     return shards
 
 

@@ -80,8 +80,8 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "neither from_hf nor to_hf"),
-        (["sideways"], "sideways is neither from_hf nor to_hf"),
+        ([], "none of from_hf, to_hf"),
+        (["sideways"], "sideways is none of from_hf, to_hf, to_peft, merge_lora, assemble_experts: write from_hf"),
         (["from_hf", "src={}/hf"], "out= is not given: write from_hf src=DIR out=DIR"),
         (["to_hf", "checkpoint={}", "out={}/x", "model=chameleon"], "takes only checkpoint and out: leave out model="),
         (["to_hf", "checkpoint={}", "out={}/x"], "holds no checkpoint"),

@@ -60,6 +60,20 @@ def test_parts_beside_the_vocabulary_are_on_every_tensor_rank():
     assert ours == pytest.approx(built, rel=0.05)
 
 
+@pytest.mark.parametrize("expert_ranks", [1, 2])
+def test_weights_of_experts_are_those_of_the_model(expert_ranks):
+    config = compose(
+        [
+            "model=chameleon_tiny", "run.name=test", "data.path=none", "model.trunk.hidden_size=128",
+            "model.trunk.num_experts=4", "model.trunk.moe_layer_freq=3", "parallel.tensor_model_parallel_size=2",
+            "parallel.sequence_parallel=true", f"parallel.expert_model_parallel_size={expert_ranks}",
+        ]
+    )  # fmt: skip
+    counts = run_ranks(_built, 2, config)
+    ours, _ = parameters(config, build_family(config.model, 1000).vocab.size)
+    assert ours == pytest.approx(counts[0], rel=0.02) and ours < counts[0]
+
+
 def test_seven_billion():
     """Llama 2 7B, whose trunk this is, has 6.74 billion weights with a vocabulary of 32000."""
     _, whole = parameters(compose(LONG), 32000)

@@ -71,6 +71,13 @@ MODEL |= {
     for family in ("showo", "mmada")
 }
 MODEL["mmada"].append("model.text_block=8")
+MODEL["unimoe"] = [
+    "model=unimoe_tiny",
+    "model.encoder.image_size=8",
+    "model.encoder.hidden_size=16",
+    "model.encoder.num_layers=1",
+    "model.trunk.moe_layer_freq=2",
+]
 MODEL["showo_flow"] = [
     "model=showo_flow_tiny",
     f"model.image={{channels: 1, height: {SIDE}, width: {SIDE}}}",
@@ -80,6 +87,12 @@ MODEL["showo_flow"] = [
     "model.flow_layers=1",
 ]
 MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
+MODEL["transfusion_experts"] = [
+    *MODEL["transfusion"],
+    "model.trunk.num_experts=4",
+    "model.trunk.moe_layer_freq=2",
+    "model.trunk.moe_aux_loss_coeff=0.05",
+]
 PHI = [
     "model.trunk.normalization=LayerNorm",
     "model.trunk.activation=gelu",
@@ -111,7 +124,8 @@ def make_shards(folder: Path) -> None:
 
 def overrides_for(family: str, shards: Path, run_dir: Path, *overrides: str) -> list[str]:
     own = [line.replace("{folder}", str(shards)) for line in MODEL[family]]
-    return [*own, *COMMON, f"data.path={shards}/train", f"run.dir={run_dir}", "checkpoint.save=null", *overrides]
+    common = [line for line in COMMON if family != "unimoe" or not line.startswith("model.condition_dropout")]
+    return [*own, *common, f"data.path={shards}/train", f"run.dir={run_dir}", "checkpoint.save=null", *overrides]
 
 
 def run_training(overrides: list[str], world_size: int = 1) -> list[dict]:

@@ -12,7 +12,7 @@ from sharded import Shard, local_shards
 
 from megatron_mm.config.compose import Config
 from megatron_mm.config.model import ChameleonConfig, TrunkConfig
-from megatron_mm.config.schema import OptimConfig, ParallelConfig, TrainConfig
+from megatron_mm.config.schema import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatron_mm.data.pack import pack
 from megatron_mm.engines.megatron import MegatronEngine, build_chunks
 from megatron_mm.families.layout import next_token_labels
@@ -24,17 +24,19 @@ from megatron_mm.types import Document
 
 VOCAB, PADDED, LENGTH, Z_WEIGHT = 300, 384, 24, 0.1
 CPU = torch.device("cpu")
+NO_LORA = LoraConfig()
 KEYS = ((5, 6), (7,))
 """Dropout keys of `documents`."""
 
 
-def config_of(trunk: TrunkConfig, precision: str = "fp32", **parallel) -> Config:
+def config_of(trunk: TrunkConfig, precision: str = "fp32", lora: LoraConfig = NO_LORA, **parallel) -> Config:
     """Learning rate 0 and no clipping: a step leaves weights and gradients as they are."""
     return Config(
         model=ChameleonConfig(trunk=trunk, image_codes=16, vocab_size=VOCAB, z_loss_weight=Z_WEIGHT),
         parallel=ParallelConfig(**parallel, use_distributed_optimizer=precision != "fp64"),
         train=TrainConfig(precision=precision, seed=3),
         optim=OptimConfig(lr=0.0, min_lr=0.0, clip_grad=0.0),
+        lora=lora,
     )
 
 
@@ -63,8 +65,9 @@ def fill(models: Sequence, weights: Mapping[str, torch.Tensor]) -> None:
     """Puts whole weights by name where each rank holds its part of them."""
     for entry in (entry for model in models for entry in model.sharded_state_dict().values()):
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            at = tuple(slice(o, o + n) for o, n in zip(part.global_offset, part.local_shape, strict=True))
-            part.data.detach().copy_(weights[part.key][at])
+            axes = part.prepend_axis_num
+            at = tuple(slice(o, o + n) for o, n in zip(part.global_offset[axes:], part.local_shape, strict=True))
+            part.data.detach().copy_(weights[part.key][part.global_offset[:axes] + at])
 
 
 def engine_of(config: Config, layout, weights: Mapping[str, torch.Tensor]) -> MegatronEngine:
@@ -87,7 +90,7 @@ def run_trunk(
         losses = engine.step([engine.prepare(batch)]).losses
         for model in engine.models:
             for parameter in model.parameters():
-                parameter.data = parameter.main_grad
+                parameter.data = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
         return logits, losses, local_shards(engine.models)
 
 
@@ -98,7 +101,7 @@ def _logits(engine: MegatronEngine, batch, layout) -> torch.Tensor | None:
     model.eval()
     if layout.pp_rank > 0:
         width = engine.config.model.trunk.hidden_size
-        received = torch.empty(LENGTH, len(batch.tokens), width)
+        received = torch.empty(LENGTH, len(batch.tokens), width, dtype=engine.config.train.dtype)
         dist.recv(received, layout.rank - layout.tp_size)
         model.set_input_tensor(received)
     hidden = model.hidden(Part.of(batch))

@@ -47,11 +47,11 @@ class SyntheticSamples:
 
     def _draw_image(self, rng: np.random.Generator) -> ImageSegment:
         pixels = self._family.pixels
+        seen = rng.uniform(-1, 1, (3, pixels.height, pixels.width)).astype(np.float32) if pixels else None
         if codes := self._family.image_codes:
-            seen = rng.uniform(-1, 1, (3, pixels.height, pixels.width)).astype(np.float32) if pixels else None
             return ImageSegment(rng.integers(codes, size=self._family.grid), seen)
         shape = (self._image.channels, self._image.height, self._image.width)
-        return ImageSegment(rng.standard_normal(shape, dtype=np.float32))
+        return ImageSegment(rng.standard_normal(shape, dtype=np.float32), seen)
 
 
 def synthetic_steps(config: Config, family: Family, text_vocab_size: int, count: int) -> list[list[PackedBatch]]:

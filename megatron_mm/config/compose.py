@@ -30,13 +30,17 @@ from megatron_mm.config.schema import (
     DataConfig,
     FusionConfig,
     LoggingConfig,
+    LoraConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,
 )
+from megatron_mm.config.unimoe import UniMoEConfig
 
-ModelConfig = TransfusionConfig | ChameleonConfig | JanusConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig
+ModelConfig = (
+    TransfusionConfig | ChameleonConfig | JanusConfig | ShowoConfig | ShowoFlowConfig | MMaDAConfig | UniMoEConfig
+)
 FAMILIES: dict[str, type[ModelConfig]] = {
     "transfusion": TransfusionConfig,
     "chameleon": ChameleonConfig,
@@ -44,6 +48,7 @@ FAMILIES: dict[str, type[ModelConfig]] = {
     "showo": ShowoConfig,
     "showo_flow": ShowoFlowConfig,
     "mmada": MMaDAConfig,
+    "unimoe": UniMoEConfig,
 }
 
 CONFIG_MODULE = "megatron_mm_configs"
@@ -72,6 +77,7 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     attention: AttentionConfig = AttentionConfig()
     fusion: FusionConfig = FusionConfig()
+    lora: LoraConfig = LoraConfig()
     stages: tuple[str, ...] = ()
     """Options of the group `stage`, which `megatron_mm.stages` runs one after the other."""
 

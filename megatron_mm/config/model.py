@@ -44,6 +44,19 @@ class TrunkConfig:
     """Share of a head's channels that RoPE turns, the first ones; the others pass through."""
     head_bias: bool = False
     """A bias on the output head."""
+    num_experts: int | None = None
+    """Feed-forwards of a layer with experts, of which each token uses some; null: no layer has experts."""
+    moe_router_topk: int = 2
+    """Experts that a token uses; their outputs are weighted by the softmax over their logits."""
+    moe_layer_freq: int = 1
+    """Every so many layers has experts, from the first on; the others are dense."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the loss that balances experts; 0 leaves it out."""
+    moe_token_dispatcher_type: str = choice("alltoall", "allgather")
+    """How tokens reach experts on other ranks: each to where it is wanted, or all to all of them."""
+    moe_grouped_gemm: bool = False
+    """A rank's experts in one product (torch's grouped_mm) in place of one after the other, where they have no
+    adapters."""
 
     @property
     def kv_heads(self) -> int:
@@ -68,10 +81,32 @@ class TrunkConfig:
         return 3 if self.activation == "swiglu" else 2
 
     @property
-    def layer_weights(self) -> int:
-        """Numbers in the matrices of a layer: queries, keys, values, output and feed-forward."""
-        attention = 2 * self.head_dim * (self.num_attention_heads + self.kv_heads)
-        return self.hidden_size * (attention + self.ffn_matrices * self.ffn_size)
+    def moe_layers(self) -> int:
+        """Layers with experts."""
+        return -(-self.num_layers // self.moe_layer_freq) if self.num_experts else 0
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers in the matrices of one feed-forward."""
+        return self.hidden_size * self.ffn_matrices * self.ffn_size
+
+    @property
+    def shared_weights(self) -> int:
+        """Numbers in all layers' matrices that every token meets: queries, keys, values, output, dense feed-forwards
+        and routers."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.kv_heads)
+        dense = (self.num_layers - self.moe_layers) * self.expert_weights
+        return self.num_layers * attention + dense + self.moe_layers * self.hidden_size * (self.num_experts or 0)
+
+    @property
+    def trunk_weights(self) -> int:
+        """Numbers in the matrices of all layers."""
+        return self.shared_weights + self.moe_layers * (self.num_experts or 0) * self.expert_weights
+
+    @property
+    def active_weights(self) -> int:
+        """Numbers in all layers' matrices that one token meets."""
+        return self.shared_weights + self.moe_layers * self.moe_router_topk * self.expert_weights
 
     @property
     def rotary_dim(self) -> int:

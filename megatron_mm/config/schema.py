@@ -1,4 +1,5 @@
-"""The groups that say how a run goes: parallel, train, optim, data, checkpoint, run, logging, attention, fusion.
+"""The groups that say how a run goes: parallel, train, optim, lora, data, checkpoint, run, logging, attention,
+fusion.
 
 Names are Megatron-LM's where it has one. Everything that can be derived is a property, not a key.
 """
@@ -96,6 +97,28 @@ class SourceConfig:
     """Share of the source in the blend, of any unit."""
     task: str = choice(*TASKS)
     """What its caption-image pairs teach; `auto` leaves it to the family's shares."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on linear layers (arXiv 2106.09685): W x + alpha / rank * B A x. The weights beneath are
+    frozen."""
+
+    rank: int = 0
+    """Rows of A and columns of B; 0 means no adapters."""
+    alpha: float = 16.0
+    dropout: float = 0.0
+    """On what the adapters of attention and of dense feed-forwards read; those of experts, and of a family's front and
+    back, have none."""
+    targets: tuple[str, ...] = ("decoder.layers.*",)
+    """Patterns (fnmatch) over the names of linear layers: decoder.layers.<n>.self_attention.linear_qkv, .linear_proj,
+    .mlp.linear_fc1, .linear_fc2 (in a layer with experts .mlp.experts.experts.*), and those in front.* and back.*."""
+    also_train: tuple[str, ...] = ()
+    """Patterns over the names of parameters that train beside the adapters: connectors, the router."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
-from megatron_mm.config.janus import JanusConfig
+from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.config.schema import DataConfig
+from megatron_mm.config.unimoe import UniMoEConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask"}
-FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", *IDS}
+FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
 ORDERS = {"caption_first", "image_first", "generation_share", "condition_dropout"}
-SHARES = {"adam_beta1", "adam_beta2", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
+SHARES = {"adam_beta1", "adam_beta2", "dropout", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
 """Numbers between 0 and 1; all others are 0 or more."""
 
 
@@ -68,7 +69,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     """(is it wrong, the sentence). Lazily, so that a later line may rely on what an earlier one refused."""
     parallel, train, optim, data, trunk = config.parallel, config.train, config.optim, config.data, config.model.trunk
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    cp = parallel.context_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
@@ -87,8 +88,6 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"parallel.feed_forward_block={block} must be a multiple of {tp_key} under sequence_parallel; change "
         f"one of them.",
     )
-    yield ep > 1, f"parallel.expert_model_parallel_size={ep} is not supported yet by this version; leave it at 1."
-
     model_ranks = parallel.model_parallel_size
     cut_over = f"{tp_key} x {pp_key}" + (f" x parallel.context_parallel_size={cp}" if cp > 1 else "")
     yield (
@@ -96,6 +95,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"{cut_over} needs a multiple of {model_ranks} processes, but the world size is {world_size}; start "
         f"more processes (torchrun --nproc-per-node) or lower one of them.",
     )
+    yield from _expert_contradictions(config, world_size)
     dp = world_size // model_ranks
     rows = train.micro_batch_size * dp
     yield (
@@ -187,6 +187,17 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
+    lora = config.lora
+    yield (
+        lora.dropout > 0 and block is not None,
+        f"lora.dropout={lora.dropout} does not know the blocks of parallel.feed_forward_block={block}; set one of them "
+        "to 0 or null.",
+    )
+    yield (
+        lora.rank > 0 and not lora.targets,
+        f"lora.rank={lora.rank} has no layers to adapt with lora.targets=[]; name some, such as decoder.layers.*.",
+    )
+    yield lora.rank > 0 and lora.alpha == 0, "lora.alpha=0 switches the adapters off; use a number above 0."
     for pattern, factor in (optim.lr_multipliers or {}).items():
         yield (
             not 0 < factor < math.inf,
@@ -199,8 +210,8 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
     )
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
-    if isinstance(config.model, JanusConfig):
-        yield from _janus(config.model)
+    if isinstance(config.model, JanusConfig | UniMoEConfig):
+        yield from _encoder(config.model.encoder)
 
 
 def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
@@ -231,8 +242,47 @@ def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _janus(model: JanusConfig) -> Iterator[tuple[bool, str]]:
-    encoder = model.encoder
+def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+    trunk, parallel = config.model.trunk, config.parallel
+    ep, experts = parallel.expert_model_parallel_size, trunk.num_experts
+    ep_key = f"parallel.expert_model_parallel_size={ep}"
+    yield (
+        ep > 1 and experts is None,
+        f"{ep_key} has no experts to spread: set model.trunk.num_experts, or leave it at 1.",
+    )
+    if experts is None:
+        return
+    yield experts % ep > 0, f"model.trunk.num_experts={experts} must be a multiple of {ep_key}; change one of the two."
+    ranks = world_size // parallel.pipeline_model_parallel_size
+    yield (
+        ranks % ep > 0,
+        f"{ep_key} must divide the {ranks} ranks of a pipeline stage (tensor x context x data); change it.",
+    )
+    yield (
+        not 2 <= trunk.moe_router_topk <= experts,
+        f"model.trunk.moe_router_topk={trunk.moe_router_topk} must be 2 (one would teach the router nothing) "
+        f"to model.trunk.num_experts={experts}; change one of the two.",
+    )
+    tp = parallel.tensor_model_parallel_size
+    yield (
+        tp > 1 and not parallel.sequence_parallel,
+        f"model.trunk.num_experts={experts} with parallel.tensor_model_parallel_size={tp} needs "
+        "parallel.sequence_parallel=true, or each tensor rank would route every token; set it.",
+    )
+    for other, value in (
+        ("model.trunk.add_bias_linear=true", trunk.add_bias_linear),
+        ("train.precision=fp64", config.train.precision == "fp64"),
+        ("parallel.overlap_param_gather=true", parallel.overlap_param_gather),
+    ):
+        yield trunk.moe_grouped_gemm and value, f"model.trunk.moe_grouped_gemm=true cannot do with {other}; drop one."
+    yield (
+        parallel.feed_forward_block is not None,
+        f"parallel.feed_forward_block={parallel.feed_forward_block} does not reach into experts; leave it null with "
+        f"model.trunk.num_experts={experts}.",
+    )
+
+
+def _encoder(encoder: EncoderConfig) -> Iterator[tuple[bool, str]]:
     yield (
         encoder.image_size % encoder.patch_size > 0,
         f"model.encoder.patch_size={encoder.patch_size} must divide model.encoder.image_size={encoder.image_size}; "

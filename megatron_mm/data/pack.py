@@ -8,7 +8,10 @@ import numpy as np
 import torch
 
 from megatron_mm import mask
-from megatron_mm.types import Document, FieldSpec, PackedBatch
+from megatron_mm.types import MODALITIES, Document, FieldSpec, PackedBatch
+
+
+TEXT, IMAGE = (1 + MODALITIES.index(name) for name in ("text", "image"))
 
 
 def pack(
@@ -20,15 +23,15 @@ def pack(
 ) -> PackedBatch:
     """One micro-batch from `rows` of documents, each row at most `seq_length` positions in all.
 
-    Positions restart at 0 in each document. Padding behind the last one has token `pad`, the mask's padding, position
-    and dropout key 0, and each field's fill.
+    Positions restart at 0 in each document. Padding behind the last one has token `pad`, the mask's padding, position,
+    dropout key and kind 0, and each field's fill.
 
     Args:
         dropout_keys: one for each document, arranged as `rows`.
     """
     shape = (len(rows), seq_length)
     tokens = np.full(shape, pad, dtype=np.int64)
-    meta = np.zeros((len(rows), 5, seq_length), dtype=np.int32)
+    meta = np.zeros((len(rows), 6, seq_length), dtype=np.int32)
     values = {name: np.full(shape + spec.shape, spec.fill, dtype=spec.dtype) for name, spec in fields.items()}
     images = []
     real_tokens = 0
@@ -43,6 +46,9 @@ def pack(
             meta[row, 4, span] = key
             for name, value in values.items():
                 value[row, span] = document.fields[name]
+            meta[row, 5, span] = TEXT
+            for first, h, w in document.images:
+                meta[row, 5, start + first : start + first + h * w] = IMAGE
             images += [(row, start + int(first), int(h), int(w)) for first, h, w in document.images]
             start = end
         meta[row, :3] = mask.concatenate([document.mask for document in documents], seq_length)

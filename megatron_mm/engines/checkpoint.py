@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.nn.lora import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +75,30 @@ def common_state(folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(models: list, folder: str | Path) -> None:
-    """Loads only the weights, under any layout.
+    """Loads only the weights, under any layout. Adapters that the checkpoint does not have stay as they are.
 
     Raises:
         CheckpointError: the checkpoint is missing, corrupt or of another model.
     """
     path = resolve(folder)
-    state = _load({"model": _model_state(models)}, path)
+    saved = set(dist_checkpointing.load_tensors_metadata(str(path)))
+    model_state = _model_state(models)
+    names = {entry.key for state in model_state.values() for entry in state.values()}
+    if not any(name.endswith(ADAPTERS) for name in names) and any(name.endswith(ADAPTERS) for name in saved):
+        raise CheckpointError(
+            f"{path} holds adapters, but lora.rank=0 has none to load them into: set lora.* as there, or merge them "
+            f"into the weights (python -m megatron_mm.convert merge_lora)."
+        )
+    new = sorted(name for name in names - saved if name.endswith(ADAPTERS))
+    if new:
+        logger.info("%s has no adapters for %d weights, which start new: %s", path, len(new) // 2, ", ".join(new))
+    wanted = {
+        number: {path: entry for path, entry in state.items() if entry.key not in new}
+        for number, state in model_state.items()
+    }
+    state = _load({"model": wanted}, path)
     for number, model in enumerate(models):
-        model.load_state_dict(state["model"][str(number)], strict=True)
+        model.load_state_dict(state["model"][str(number)], strict=not new)
 
 
 class Checkpointer:

@@ -8,7 +8,7 @@ only ever summed.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ from megatron_mm.nn import attention, fusion
 from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
+from megatron_mm.parallel.lora import check_targets
 from megatron_mm.parallel.model import StageModel
+from megatron_mm.parallel.moe import collect_routing
 from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
 from megatron_mm.parallel.trainable import freeze
 from megatron_mm.parallel.transformer_config import transformer_config
@@ -61,6 +63,8 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    router: dict[str, float] = field(default_factory=dict)
+    """<layer or mean>/<modality>/<expert> -> share of the modality's choices; empty without experts."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         for reason in parts.reasons:
             logger.info(reason)
     core = transformer_config(
-        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion
+        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
     )
     chunks = []
     for stage in range(layout.virtual_stages):
@@ -103,6 +107,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         chunk = StageModel(core, family, first, last, virtual)
         initialize(chunk, config.train.seed)
         chunks.append(chunk)
+    check_targets(chunks, config.lora)
     return chunks
 
 
@@ -163,7 +168,15 @@ class MegatronEngine:
             self.schedule.step(1)
         losses = self._global_means(sums, counts)
         loss = sum(term.weight * losses[term.name] for term in self.family.terms)
-        return StepMetrics(losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped)
+        routing, coefficient = collect_routing(self.models), self.family.trunk.moe_aux_loss_coeff
+        if routing and coefficient > 0.0:
+            rows = self.config.train.global_batch_size * len(routing.layers)
+            losses["load_balancing"] = routing.balance / rows
+            loss += coefficient * losses["load_balancing"]
+        return StepMetrics(
+            losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped,
+            router=routing.shares() if routing else {},
+        )  # fmt: skip
 
     def _run(self, parts: list[HostPart], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""

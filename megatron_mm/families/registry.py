@@ -12,6 +12,7 @@ from megatron_mm.families.mmada import MMaDA
 from megatron_mm.families.showo import Showo
 from megatron_mm.families.showo_flow import ShowoFlow
 from megatron_mm.families.transfusion import Transfusion
+from megatron_mm.families.unimoe import UniMoE
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "chameleon": Chameleon,
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "showo": Showo,
     "showo_flow": ShowoFlow,
     "transfusion": Transfusion,
+    "unimoe": UniMoE,
 }
 
 

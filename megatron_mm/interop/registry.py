@@ -18,6 +18,7 @@ from megatron_mm.interop import (
     showo_config,
     showo_weights,
 )
+from megatron_mm.interop.rules import Rule
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -30,6 +31,7 @@ class Converter:
     trunk: what theirs has of a trunk, without a choice.
     overrides_from_hf: (config.json, tokenizer.json or {}) -> `model.*` overrides.
     config_to_hf: (model config, vocabulary, config.json that it came from or {}) -> config.json.
+    rules: (model config, vocabulary size) -> a rule for every weight.
     weights_from_hf, weights_to_hf: (weights, model config, vocabulary size) -> weights.
     weights_file: the name that the other side reads.
     image_tokenizer: whether its weights are among the model's own.
@@ -39,6 +41,7 @@ class Converter:
     trunk: Mapping[str, Any]
     overrides_from_hf: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
     config_to_hf: Callable[..., dict[str, Any]]
+    rules: Callable[..., Iterator[Rule]]
     weights_from_hf: Callable[..., Weights]
     weights_to_hf: Callable[..., Weights]
     weights_file: str = "model.safetensors"
@@ -51,6 +54,7 @@ CONVERTERS = {
         chameleon_config.TRUNK,
         lambda hf, tokenizer: chameleon_config.overrides_from_hf(hf),
         chameleon_config.config_to_hf,
+        chameleon_weights.rules,
         chameleon_weights.weights_from_hf,
         chameleon_weights.weights_to_hf,
     ),
@@ -59,6 +63,7 @@ CONVERTERS = {
         janus_config.TRUNK,
         janus_config.overrides_from_hf,
         janus_config.config_to_hf,
+        janus_weights.rules,
         janus_weights.weights_from_hf,
         janus_weights.weights_to_hf,
     ),
@@ -67,6 +72,7 @@ CONVERTERS = {
         mmada_config.TRUNK,
         lambda hf, tokenizer: mmada_config.overrides_from_hf(hf),
         mmada_config.config_to_hf,
+        mmada_weights.rules,
         mmada_weights.weights_from_hf,
         mmada_weights.weights_to_hf,
         image_tokenizer=False,
@@ -76,6 +82,7 @@ CONVERTERS = {
         showo_config.TRUNK,
         lambda hf, tokenizer: showo_config.overrides_from_hf(hf),
         showo_config.config_to_hf,
+        showo_weights.rules,
         showo_weights.weights_from_hf,
         showo_weights.weights_to_hf,
         weights_file="pytorch_model.safetensors",

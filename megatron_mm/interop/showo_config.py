@@ -23,6 +23,7 @@ TRUNK = {
     "add_bias_linear": True,
     "parallel_block": True,
     "head_bias": True,
+    "num_experts": None,
 }
 """What Show-o has of a trunk, without a choice."""
 

@@ -12,12 +12,12 @@ import torch
 _GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: spreads consecutive integers over the 32-bit range
 
 
-def hashed_dropout(x: torch.Tensor, p: float, token_hash: torch.Tensor) -> torch.Tensor:
+def hashed_dropout(x: torch.Tensor, p: float, token_hash: torch.Tensor, first_channel: int = 0) -> torch.Tensor:
     """Zeroes elements of `x` [..., D] with probability `p` and scales the rest by 1 / (1 - p).
 
-    `token_hash` int32 [...] comes from `hash_tokens`.
+    `token_hash` int32 [...] comes from `hash_tokens`. `first_channel`: number of x's first channel, where x is a part.
     """
-    channels = _wrap(torch.arange(x.shape[-1], device=x.device) * _GOLDEN)
+    channels = _wrap(torch.arange(first_channel, first_channel + x.shape[-1], device=x.device) * _GOLDEN)
     bits = _lowbias32(token_hash.unsqueeze(-1) ^ channels)
     keep = bits >= int(p * 2**32) - 2**31
     return x * (keep.to(x.dtype) / (1.0 - p))

@@ -62,7 +62,7 @@ def feed_forward_activation(trunk: TrunkConfig, compiled: bool) -> tuple[Callabl
     of which they compute the tanh approximation."""
     if trunk.activation == "swiglu":
         return F.silu, compiled
-    fused = compiled and trunk.add_bias_linear
+    fused = compiled and trunk.add_bias_linear and trunk.num_experts is None  # experts have no fused GELU
     return (F.gelu if fused else gelu_tanh), fused
 
 

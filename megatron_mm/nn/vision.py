@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,22 @@ class Adaptor(nn.Sequential):
 class VisionIn(nn.Module):
     """Patch vectors [B, S, 3 * p * p] of images -> embeddings [B, S, D], zero outside the images; encoder and adaptor.
 
-    path: folder of a pretrained SigLIP, which `load_pretrained` reads. frozen: the encoder is not trained.
+    path: folder of a pretrained SigLIP, which `load_pretrained` reads. frozen: the encoder is not trained. adaptor:
+    makes what leads from the encoder's width to the trunk's.
     """
 
-    def __init__(self, config: EncoderConfig, hidden_size: int, path: str | None, frozen: bool) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        hidden_size: int,
+        path: str | None,
+        frozen: bool,
+        adaptor: Callable[[int, int], nn.Module] = Adaptor,
+    ) -> None:
         super().__init__()
         self.config, self.hidden_size, self.path = config, hidden_size, path
         self.encoder = _build(config).requires_grad_(not frozen)
-        self.adaptor = Adaptor(config.hidden_size, hidden_size)
+        self.adaptor = adaptor(config.hidden_size, hidden_size)
 
     def load_pretrained(self) -> None:
         """Replaces the encoder's weights by those of its folder, if it has one.

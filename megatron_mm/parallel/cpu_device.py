@@ -15,6 +15,7 @@ import warnings
 
 import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
 import megatron.core.tensor_parallel.random as tp_random
+import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -34,6 +35,8 @@ def enable(device: torch.device) -> None:
     tp_random._set_cuda_rng_state = _set_rng_state
     # The persistent worker picks its device by modulo of the CUDA device count, which is zero here.
     async_utils.PersistentAsyncCaller = async_utils.TemporalAsyncCaller
+    # It makes numbers of tokens plain ones only where they come from a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_plain
 
 
 class CudaToCpu(TorchFunctionMode):
@@ -86,8 +89,12 @@ def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
+def _as_plain(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False):
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 class NullStream:
-    """A CUDA stream where there is none: work is already in order."""
+    """A CUDA stream, or an event on one, where there is none: work is already in order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -100,6 +107,9 @@ class NullStream:
 
     def wait_event(self, event) -> None:
         pass
+
+    def record_event(self, event=None) -> NullStream:
+        return self
 
 
 _CUDA_FUNCTIONS = {

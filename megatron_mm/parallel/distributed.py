@@ -65,6 +65,7 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Layout]:
             virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
             context_parallel_size=config.context_parallel_size,
             expert_model_parallel_size=config.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,
         )
         # Only megatron-core's bookkeeping draws from these generators: no value of the run depends on them.
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -35,17 +35,21 @@ def initialize(model: StageModel, seed: int) -> None:
         # The two halves of a gated layer are two shards of one matrix.
         shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         for shard in shards:
-            if len(shard.global_shape) > 1:
-                whole = _normal(f"{seed}/{shard.key}", shard.global_shape)
-                place = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.local_shape, strict=True))
+            # Experts of a layer share a name; what stands before a matrix's own axes is the expert's number.
+            axes = shard.prepend_axis_num
+            shape, offset = shard.global_shape[axes:], shard.global_offset[axes:]
+            if len(shape) > 1:
+                number = "".join(f"/{place}" for place in shard.global_offset[:axes])
+                whole = drawn(seed, f"{shard.key}{number}", shape)
+                place = tuple(slice(o, o + n) for o, n in zip(offset, shard.local_shape, strict=True))
                 shard.data.copy_(whole[place] * std)
     for module in model.modules():
         if hasattr(module, "load_pretrained"):
             module.load_pretrained()
 
 
-def _normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal fp32 numbers that depend on `name` alone."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+def drawn(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal fp32 numbers that depend on `seed` and `name` alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
     return torch.randn(shape, generator=generator)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import nn
 
 from megatron_mm.nn.dropout import hash_tokens
@@ -18,6 +23,8 @@ from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
 from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.feed_forward import BlockwiseMLP
+from megatron_mm.parallel.lora import Adapted, LoraColumnParallelLinear, LoraRowParallelLinear
+from megatron_mm.parallel.moe import Experts, experts_spec, is_moe_layer
 from megatron_mm.parallel.norms import NORMS, HeadNorm
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
@@ -69,7 +76,7 @@ class RotarySelfAttention(SelfAttention):
 class PackedTransformerLayer(TransformerLayer):
     """megatron-core's layer, which also tells its dropout which tokens it is looking at.
 
-    `attention_mask` is the batch's `meta` int32 [B, 5, S] (see `types.PackedBatch`). It is a tensor argument, so it
+    `attention_mask` is the batch's `meta` int32 [B, 6, S] (see `types.PackedBatch`). It is a tensor argument, so it
     passes through full recompute and every pipeline schedule unchanged.
     """
 
@@ -77,12 +84,25 @@ class PackedTransformerLayer(TransformerLayer):
         self._show_tokens(attention_mask)
         return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
 
+    @functools.cached_property
+    def _adapted(self) -> list[Adapted]:
+        """The adapted layers that see the sequence in order: all but those of experts."""
+        modules = [module for module in self.modules() if isinstance(module, Adapted)]
+        return [module for module in modules if module.lora and not module.is_expert]
+
     def _show_tokens(self, attention_mask: torch.Tensor) -> None:
-        if self.training and self.hidden_dropout > 0.0:
-            positions, keys = attention_mask[:, 3].t(), attention_mask[:, 4].t()  # [S, B]
-            if self.config.sequence_parallel:
-                rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-                positions, keys = positions.chunk(size)[rank], keys.chunk(size)[rank]
+        if not self.training:
+            return
+        positions, keys = attention_mask[:, 3].t(), attention_mask[:, 4].t()  # [S, B]
+        for linear in self._adapted:
+            linear.show_tokens(keys, positions)
+        kinds = attention_mask[:, 5].t()
+        if self.config.sequence_parallel:
+            rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+            positions, keys, kinds = (row.chunk(size)[rank] for row in (positions, keys, kinds))
+        if isinstance(self.mlp, Experts):
+            self.mlp.show_tokens(kinds)
+        if self.hidden_dropout > 0.0:
             salt = self.config.dropout_seed * 2 * self.config.num_layers + 2 * self.layer_number
             self.self_attn_bda.token_hash = hash_tokens(keys, positions, salt)
             self.mlp_bda.token_hash = hash_tokens(keys, positions, salt + 1)
@@ -109,33 +129,40 @@ class ParallelBlockLayer(PackedTransformerLayer):
         return self.mlp_bda(self.training, fused)(self.mlp(normed), hidden_states, self.hidden_dropout), None
 
 
-def block_spec(config: TrunkTransformerConfig, num_local_layers: int) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TrunkTransformerConfig, num_local_layers: int, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
     """Specs of this stage's layers and of the final norm."""
+    first = get_transformer_layer_offset(config, virtual_stage)
+    specs = [_layer_spec(config, is_moe_layer(config, first + number)) for number in range(num_local_layers)]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=NORMS[config.normalization])
+
+
+def _layer_spec(config: TrunkTransformerConfig, experts: bool) -> ModuleSpec:
     head_norm = lambda heads: ModuleSpec(module=HeadNorm, params={"heads": heads}) if config.head_norm else None  # noqa: E731
-    norm = NORMS[config.normalization]
-    pre_norm = norm if config.norm_placement == "pre" else IdentityOp
+    pre_norm = NORMS[config.normalization] if config.norm_placement == "pre" else IdentityOp
     residual = ModuleSpec(module=ResidualAdd, params={"config": config})
-    layer = ModuleSpec(
+    dense = ModuleSpec(
+        module=BlockwiseMLP if config.feed_forward_block else MLP,
+        submodules=MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear),
+    )
+    return ModuleSpec(
         module=ParallelBlockLayer if config.parallel_block else PackedTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=pre_norm,
             self_attention=ModuleSpec(
                 module=RotarySelfAttention,
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=LoraColumnParallelLinear,
                     core_attention=SpanAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=LoraRowParallelLinear,
                     q_layernorm=head_norm(config.num_attention_heads),
                     k_layernorm=head_norm(config.num_query_groups),
                 ),
             ),
             self_attn_bda=residual,
             pre_mlp_layernorm=IdentityOp if config.parallel_block else pre_norm,
-            mlp=ModuleSpec(
-                module=BlockwiseMLP if config.feed_forward_block else MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            mlp=experts_spec(config) if experts else dense,
             mlp_bda=residual,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)

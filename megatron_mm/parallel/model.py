@@ -20,6 +20,7 @@ from megatron_mm.nn.fusion import rotary_table
 from megatron_mm.parallel.context.borrow import narrow, widen
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.layer import block_spec
+from megatron_mm.parallel.lora import adapt
 from megatron_mm.parallel.ops import MegatronOps
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
@@ -42,12 +43,14 @@ class StageModel(MegatronModule):
         self.front = family.build_front(ops).to(**options) if first else None
         self.decoder = TransformerBlock(
             config,
-            block_spec(config, get_num_layers_to_build(config, virtual_stage)),
+            block_spec(config, get_num_layers_to_build(config, virtual_stage), virtual_stage),
             pre_process=first,
             post_process=last,
             vp_stage=virtual_stage,
         )
         self.back = family.build_back(ops).to(**options) if last else None
+        if config.lora.rank:
+            adapt(self, config.lora, config.dropout_seed)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Called by the pipeline schedule with the previous stage's output."""

@@ -8,10 +8,11 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.config.schema import FusionConfig, ParallelConfig, TrainConfig
+from megatron_mm.config.schema import FusionConfig, LoraConfig, ParallelConfig, TrainConfig
 from megatron_mm.nn.fusion import feed_forward_activation
 
 EAGER = FusionConfig("eager", "torch")
+NO_LORA = LoraConfig()
 
 
 @dataclass
@@ -28,6 +29,11 @@ class TrunkTransformerConfig(TransformerConfig):
     compiled_elementwise: bool = False
     liger_rms_norm: bool = False
     feed_forward_block: int | None = None
+    lora: LoraConfig = LoraConfig()
+    grouped_experts: bool = False
+    """Not megatron-core's `moe_grouped_gemm`, which needs Transformer Engine or a library of its own."""
+    router_balance_scale: float = 0.0
+    """Weight of a row's balancing loss in one layer with experts."""
 
 
 def transformer_config(
@@ -37,6 +43,7 @@ def transformer_config(
     attention_backend: str,
     hides_keys: bool = True,
     fusion: FusionConfig = EAGER,
+    lora: LoraConfig = NO_LORA,
 ) -> TrunkTransformerConfig:
     """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose."""
     full = parallel.recompute_granularity == "full"
@@ -67,6 +74,7 @@ def transformer_config(
         compiled_elementwise=compiled,
         liger_rms_norm=fusion.rms_norm == "liger",
         feed_forward_block=parallel.feed_forward_block,
+        lora=lora,
         # parallel/init.py draws the weights; megatron-core marks sharded parameters only where it "initialises" them.
         init_method=_leave_as_built,
         output_layer_init_method=_leave_as_built,
@@ -80,6 +88,15 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        num_moe_experts=trunk.num_experts,
+        moe_ffn_hidden_size=trunk.ffn_size if trunk.num_experts else None,
+        moe_layer_freq=trunk.moe_layer_freq,
+        moe_router_topk=trunk.moe_router_topk,
+        moe_token_dispatcher_type=trunk.moe_token_dispatcher_type,
+        moe_router_load_balancing_type="none",
+        grouped_experts=trunk.moe_grouped_gemm,
+        router_balance_scale=trunk.moe_aux_loss_coeff / (train.global_batch_size * max(trunk.moe_layers, 1)),
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if full else None,

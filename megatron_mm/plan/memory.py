@@ -39,10 +39,16 @@ def parameters(config: Config, vocab_size: int, beside: int = 0) -> tuple[float,
     """
     trunk, parallel = config.model.trunk, config.parallel
     embedding = vocab_size * trunk.hidden_size
-    stage = trunk.num_layers / parallel.pipeline_model_parallel_size * trunk.layer_weights
     ends = embedding * (2 if parallel.pipeline_model_parallel_size == 1 else 1)
-    whole = trunk.num_layers * trunk.layer_weights + 2 * embedding + beside
-    return (stage + ends) / parallel.tensor_model_parallel_size + beside, whole
+    shared = (trunk.shared_weights / parallel.pipeline_model_parallel_size + ends) / parallel.tensor_model_parallel_size
+    return shared + _experts(config) + beside, trunk.trunk_weights + 2 * embedding + beside
+
+
+def _experts(config: Config) -> float:
+    """Weights of one rank's experts, of all layers that it has."""
+    trunk, parallel = config.model.trunk, config.parallel
+    spread = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size
+    return (trunk.trunk_weights - trunk.shared_weights) / spread
 
 
 def estimate(config: Config, vocab_size: int, world_size: int, beside: int = 0) -> Memory:
@@ -51,6 +57,12 @@ def estimate(config: Config, vocab_size: int, world_size: int, beside: int = 0) 
     element = train.dtype.itemsize
     rank_weights, _ = parameters(config, vocab_size, beside)
     replicas = world_size / (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    stage_ranks = world_size / parallel.pipeline_model_parallel_size
+    experts = _experts(config)
+    kept_states = rank_weights  # weights that this rank has optimizer states of
+    if parallel.use_distributed_optimizer:
+        kept_states = (rank_weights - experts) / replicas
+        kept_states += experts * parallel.expert_model_parallel_size / stage_ranks
     states = 12 if train.precision == "bf16" else 2 * element  # master weights and Adam's two moments in fp32
     tokens = config.data.seq_length / parallel.context_parallel_size * train.micro_batch_size
     pp = parallel.pipeline_model_parallel_size
@@ -61,7 +73,7 @@ def estimate(config: Config, vocab_size: int, world_size: int, beside: int = 0) 
     return Memory(
         weights=rank_weights * element,
         gradients=rank_weights * (4 if train.precision == "bf16" else element),
-        optimizer=rank_weights * states / (replicas if parallel.use_distributed_optimizer else 1),
+        optimizer=kept_states * states,
         kept=tokens * per_token * trunk.num_layers / pp * under_way,
         layer=tokens * _layer_at_work(config),
         logits=LOGITS_BYTES,
@@ -77,14 +89,17 @@ def layer_input(config: Config) -> float:
 def layer_activations(config: Config) -> float:
     """Numbers a token that a layer keeps without recomputation, by fused parts: inputs and outputs of its norms
     (one in a parallel block); queries, keys and values before and after RoPE; attention's output; what lies between the
-    feed-forward's matrices, before and behind the activation."""
+    feed-forward's matrices, before and behind the activation. Of dense layers and layers with experts the average."""
     trunk, parallel = config.model.trunk, config.parallel
     width, kv = trunk.hidden_size, trunk.kv_heads * trunk.head_dim
-    sharded = (width + 2 * kv) + (width + kv) + width
+    moe = trunk.moe_layers / trunk.num_layers
+    sharded: float = (width + 2 * kv) + (width + kv) + width
     if parallel.context_parallel_size > 1:
         sharded += 2 * kv  # keys and values side by side, as they travel
     if parallel.feed_forward_block is None:
-        sharded += trunk.ffn_matrices * trunk.ffn_size
+        sharded += trunk.ffn_matrices * trunk.ffn_size * (1 - moe)
+    # A token visits some experts: what they read and write, and what lies between.
+    sharded += moe * trunk.moe_router_topk * (2 * width + trunk.ffn_matrices * trunk.ffn_size)
     norms = 1 if trunk.parallel_block else 2
     return 2 * norms * layer_input(config) + sharded / parallel.tensor_model_parallel_size
 

@@ -57,7 +57,7 @@ def step_time(
     assignment = needed.assignment
     layer = repeated * prediction.forward + prediction.backward
     passes = 4 if parallel.recompute_granularity == "full" else 3
-    flops = 2 * passes * trunk.num_layers * trunk.layer_weights + 2 * 4 * trunk.hidden_size * vocab_size
+    flops = 2 * passes * trunk.active_weights + 2 * 4 * trunk.hidden_size * vocab_size
     loads = chunk_areas(mask, assignment.chunk_size)[assignment.chunks].sum(1)
     counts = needed.counts()
     foreign = counts.sum(1) - np.diagonal(counts)

@@ -86,7 +86,7 @@ def piece(
         tokens: int64 [b, n]; hi: int [n], where each token's keys end; causal if None. The rest as in `PackedBatch`.
     """
     b, n = tokens.shape
-    meta = torch.zeros(b, 5, n, dtype=torch.int32)
+    meta = torch.zeros(b, 6, n, dtype=torch.int32)
     meta[:, 1] = torch.arange(1, n + 1) if hi is None else torch.from_numpy(hi)
     where = torch.tensor(images, dtype=torch.int32).reshape(-1, 4)
     return PackedBatch(torch.from_numpy(tokens), meta, fields or {}, where, documents=b, real_tokens=b * n)

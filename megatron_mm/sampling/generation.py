@@ -15,6 +15,7 @@ from megatron_mm.sampling.sampler import Sampler
 from megatron_mm.sampling.showo import ShowoSampler
 from megatron_mm.sampling.showo_flow import ShowoFlowSampler
 from megatron_mm.sampling.transfusion import TransfusionSampler
+from megatron_mm.sampling.unimoe import UniMoESampler
 from megatron_mm.types import Sample, Segment
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -24,6 +25,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "showo": ShowoSampler,
     "showo_flow": ShowoFlowSampler,
     "transfusion": TransfusionSampler,
+    "unimoe": UniMoESampler,
 }
 
 Progress = Callable[[int, str], None]

@@ -75,7 +75,7 @@ class SamplingModel:
         codec = load_image_codec(config.data, config.model.image)
         family = build_family(config.model, tokenizer.size)
         # Where the cache is not in use (tests), any backend does; the run's own may not run on this device.
-        core = transformer_config(family.trunk, config.parallel, config.train, "reference")
+        core = transformer_config(family.trunk, config.parallel, config.train, "reference", lora=config.lora)
         first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
         stage = StageModel(core, family, first, last, virtual_stage=None).eval()
         return cls(config, family, tokenizer, codec, stage, device)

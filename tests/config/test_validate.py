@@ -6,6 +6,8 @@ from megatron_mm.config.compose import ConfigError, compose
 from megatron_mm.config.validate import validate
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+GROUPED = "model.trunk.moe_grouped_gemm=true"
+EP, EXPERTS = "parallel.expert_model_parallel_size", "model.trunk.num_experts"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 CP, COMM = "parallel.context_parallel_size", "parallel.context_parallel_comm"
 BASE = ["model=transfusion_tiny", "run.name=test", "data.path=data/none"]  # 4 layers, 64 wide, 4 heads over 2 keys
@@ -72,7 +74,22 @@ def test_accepts(world_size, overrides):
             [f"{TP}=2", "parallel.sequence_parallel=true", "parallel.feed_forward_block=33"],
             r"feed_forward_block=33 must be a multiple of parallel\.tensor_model_parallel_size=2",
         ),
-        (2, ["parallel.expert_model_parallel_size=2"], r"parallel\.expert_model_parallel_size=2 is not supported yet"),
+        (2, [f"{EP}=2"], r"parallel\.expert_model_parallel_size=2 has no experts to spread"),
+        (4, [f"{EP}=4", f"{EXPERTS}=6"], r"num_experts=6 must be a multiple of parallel\.expert_model_parallel_size=4"),
+        (6, [f"{EP}=4", f"{EXPERTS}=8"], r"expert_model_parallel_size=4 must divide the 6 ranks of a pipeline stage"),
+        (
+            1,
+            [f"{EXPERTS}=4", "model.trunk.moe_router_topk=1"],
+            r"moe_router_topk=1 must be 2 .* to model\.trunk\.num_exp",
+        ),
+        (1, [f"{EXPERTS}=4", "model.trunk.moe_router_topk=5"], r"moe_router_topk=5 must be 2 "),
+        (2, [f"{EXPERTS}=4", f"{TP}=2"], r"tensor_model_parallel_size=2 needs parallel\.sequence_parallel=true"),
+        (1, [f"{EXPERTS}=4", "parallel.feed_forward_block=32"], r"feed_forward_block=32 does not reach into experts"),
+        (1, [f"{EXPERTS}=4", GROUPED, "model.trunk.add_bias_linear=true"], r"grouped_gemm=true cannot do with .*bias"),
+        (1, ["lora.rank=2", "lora.targets=[]"], r"lora\.rank=2 has no layers to adapt"),
+        (1, ["lora.rank=2", "lora.alpha=0"], r"lora\.alpha=0 switches the adapters off"),
+        (1, ["lora.dropout=0.1", "parallel.feed_forward_block=8"], r"lora\.dropout=0\.1 does not know the blocks"),
+        (1, ["lora.dropout=1.5"], r"lora\.dropout=1\.5 must be between 0 and 1"),
         (3, [f"{TP}=2"], r"tensor_model_parallel_size=2 x .* multiple of 2 processes, but the world size is 3"),
         (1, [f"{TP}=2", f"{PP}=2"], r"needs a multiple of 4 processes, but the world size is 1"),
         (3, [], r"train\.global_batch_size=8 must be a multiple of train\.micro_batch_size=1 x 3 data-parallel ranks"),

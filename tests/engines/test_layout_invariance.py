@@ -45,13 +45,34 @@ LAYOUTS = {
 }
 FAST = ("tp2_sp", "pp2_interleaved", "dp2", "cp2_ring")
 """Layouts of the fast subset; the others only run in the whole suite."""
+THOROUGH = ("transfusion", "chameleon")
+"""Families that run under every layout: between them they have a bidirectional and a causal mask, codes and patches."""
+OF_EACH = ("tp2_sp", "pp2_interleaved", "dp2", "tp2_pp2", "recompute_full", "cp2_ring", "cp2_tp2_sp", "cp4_ring")
+"""Layouts of every other family, which shares all else with these."""
 FEWER = 8
 FEWER_ITERATIONS = [f"train.exit_interval={FEWER}"]
-"""Context-parallel layouts are many: they stop earlier, on the same schedule."""
-LAYOUTS |= {
-    name: (ranks, overrides + FEWER_ITERATIONS) for name, (ranks, overrides) in LAYOUTS.items() if name.startswith("cp")
-}
+"""Context-parallel layouts, and families beyond the thorough ones, stop earlier, on the same schedule."""
+IN_FP64 = (
+    "tp2_sp", "pp2_interleaved", "dp2", "tp2_pp2", "micro_batch_2", "recompute_full", "cp2_micro_batch_2",
+    "cp4_hybrid", "cp4_ring",
+)  # fmt: skip
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
+
+
+def cases(layouts, of_each):
+    """(layout, family), the slow ones marked."""
+    for family in FAMILIES:
+        for name in layouts if family in THOROUGH else of_each:
+            fast = name in FAST if family in THOROUGH else name == "tp2_sp"
+            yield pytest.param(name, family, marks=() if fast else pytest.mark.slow)
+
+
+def run_layout(name, family, shards, folder, *further):
+    """(steps, how many there must be)."""
+    ranks, overrides = LAYOUTS[name]
+    fewer = name.startswith("cp") or family not in (*THOROUGH, "transfusion_unet")
+    overrides = [*overrides, *(FEWER_ITERATIONS if fewer else ()), *further]
+    return run_training(overrides_for(family, shards, folder, *overrides), ranks), FEWER if fewer else 20
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +95,6 @@ def baseline(shards, tmp_path_factory):
     return get
 
 
-def iterations_of(name):
-    return FEWER if name.startswith("cp") else 20
-
-
 def assert_same_curve(steps, expected, loss_tolerance, norm_tolerance, iterations=20):
     assert len(expected) == 20
     for iteration, (ours, theirs) in enumerate(zip(steps, expected[:iterations], strict=True), 1):
@@ -88,42 +105,24 @@ def assert_same_curve(steps, expected, loss_tolerance, norm_tolerance, iteration
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norm_tolerance), f"iteration {iteration}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
+@pytest.mark.parametrize(("name", "family"), cases(LAYOUTS, OF_EACH))
 def test_fp32(name, family, shards, tmp_path, baseline):
-    world_size, overrides = LAYOUTS[name]
-    steps = run_training(overrides_for(family, shards, tmp_path, *overrides), world_size)
-    assert_same_curve(steps, baseline(family, "fp32"), 1e-5, 1e-4, iterations_of(name))
+    steps, iterations = run_layout(name, family, shards, tmp_path)
+    assert_same_curve(steps, baseline(family, "fp32"), 1e-5, 1e-4, iterations)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tp2_sp",
-        "pp2_interleaved",
-        "dp2",
-        "tp2_pp2",
-        "micro_batch_2",
-        "recompute_full",
-        "cp2_micro_batch_2",
-        "cp4_hybrid",
-        "cp4_ring",
-    ],
-)
+@pytest.mark.parametrize(("name", "family"), cases(IN_FP64, ("tp2_sp", "pp2_interleaved", "cp4_ring")))
 def test_fp64(name, family, shards, tmp_path, baseline):
-    world_size, overrides = LAYOUTS[name]
-    steps = run_training(overrides_for(family, shards, tmp_path, *overrides, *FP64), world_size)
-    assert_same_curve(steps, baseline(family, "fp64"), 1e-9, 1e-9, iterations_of(name))
+    steps, iterations = run_layout(name, family, shards, tmp_path, *FP64)
+    assert_same_curve(steps, baseline(family, "fp64"), 1e-9, 1e-9, iterations)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2_interleaved", "dp2", "micro_batch_2", "cp2_micro_batch_2", "cp4_ring"])
 def test_unet_patches(name, shards, tmp_path, baseline):
-    world_size, overrides = LAYOUTS[name]
-    steps = run_training(overrides_for("transfusion_unet", shards, tmp_path, *overrides), world_size)
-    assert_same_curve(steps, baseline("transfusion_unet", "fp32"), 1e-5, 1e-4, iterations_of(name))
+    steps, iterations = run_layout(name, "transfusion_unet", shards, tmp_path)
+    assert_same_curve(steps, baseline("transfusion_unet", "fp32"), 1e-5, 1e-4, iterations)
 
 
 @pytest.mark.parametrize("family", [pytest.param("transfusion_phi", marks=pytest.mark.slow), "chameleon_phi"])
@@ -167,11 +166,9 @@ def test_the_curve_depends_on_what_it_should(family, shards, tmp_path, baseline)
     assert expected[-1]["loss"] < 0.95 * expected[0]["loss"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["one_worker", pytest.param("cp2_ring", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "family"), cases(("one_worker", "cp2_ring"), ("one_worker",)))
 def test_bf16_stays_beside_fp32(name, family, shards, tmp_path, baseline):
     """bf16 keeps 8 bits: a step's loss may differ by a few times 2**-8."""
-    world_size, overrides = LAYOUTS[name]
-    steps = run_training(overrides_for(family, shards, tmp_path, *overrides, "train.precision=bf16"), world_size)
-    for ours, theirs in zip(steps, baseline(family, "fp32")[: iterations_of(name)], strict=True):
+    steps, iterations = run_layout(name, family, shards, tmp_path, "train.precision=bf16")
+    for ours, theirs in zip(steps, baseline(family, "fp32")[:iterations], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)

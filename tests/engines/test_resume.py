@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
 CP2 = ["parallel.context_parallel_size=2"]
+EP2, PLAIN = ["parallel.expert_model_parallel_size=2"], ["parallel.use_distributed_optimizer=false"]
 
 
 @pytest.fixture
@@ -52,9 +53,28 @@ def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
         ("chameleon", TP2, PP2, 2, 1e-5),
         ("transfusion", CP2, TP2, 2, 1e-5),
         ("janus", CP2, PP2, 2, 1e-5),
+        ("showo", TP2, [], 2, 1e-5),
+        ("mmada", PP2, CP2, 2, 1e-5),
+        ("showo_flow", CP2, TP2, 2, 1e-5),
         ("chameleon", ["checkpoint.async_save=true"], [], 1, 1e-5),
+        ("transfusion_experts", EP2, [], 1, 1e-5),
+        ("transfusion_experts", EP2, [*EP2, *TP2], 2, 1e-5),
+        ("transfusion_experts", [*EP2, *PLAIN], [*TP2, *PLAIN], 2, 1e-5),
     ],
-    ids=["same-layout", "dp2-to-tp2", "tp2-to-pp2", "cp2-to-tp2", "janus-cp2-to-pp2", "async-dp2-to-one"],
+    ids=[
+        "same-layout",
+        "dp2-to-tp2",
+        "tp2-to-pp2",
+        "cp2-to-tp2",
+        "janus-cp2-to-pp2",
+        "showo-tp2-to-dp2",
+        "mmada-pp2-to-cp2",
+        "showo_flow-cp2-to-tp2",
+        "async-dp2-to-one",
+        "ep2-to-one",
+        "ep2-to-ep2-tp2",
+        "plain-ep2-to-tp2",
+    ],
 )
 def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run, tmp_path):
     expected = run_training(run(family, folder="whole"))

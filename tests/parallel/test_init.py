@@ -19,6 +19,7 @@ from megatron_mm.parallel.distributed import process_groups
 
 TP, PP, VPP = (f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model"))
 TRUNK = TrunkConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, qk_layernorm=True)
+EP = "expert_model_parallel_size"
 MODELS = {
     "chameleon": ChameleonConfig(trunk=TRUNK, image_codes=16),
     "swin": ChameleonConfig(trunk=replace(TRUNK, norm_placement="swin"), image_codes=16),
@@ -34,6 +35,7 @@ MODELS = {
         image_codes=16,
     ),
     "biased_swiglu": ChameleonConfig(trunk=replace(TRUNK, add_bias_linear=True), image_codes=16),
+    "experts": ChameleonConfig(trunk=replace(TRUNK, num_experts=4, moe_layer_freq=3), image_codes=16),
     "janus": JanusConfig(trunk=TRUNK, image_codes=16, encoder=EncoderConfig(24, 2, 2, image_size=8, patch_size=4)),
     "transfusion": TransfusionConfig(trunk=TRUNK, image=ImageConfig(height=8, width=8), patch_codec="unet"),
 }
@@ -51,8 +53,9 @@ def weights(name, seed=0, **parallel):
     return weights_of(MODELS[name], seed, **parallel)
 
 
-def weights_of(model, seed=0, **parallel):
-    return assemble(run_ranks(shards, ParallelConfig(**parallel).model_parallel_size, model, seed, parallel))
+def weights_of(model, seed=0, ranks=None, **parallel):
+    ranks = ranks or ParallelConfig(**parallel).model_parallel_size
+    return assemble(run_ranks(shards, ranks, model, seed, parallel))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,15 @@ def test_every_layout_has_the_same_weights(whole, name, parallel):
         assert torch.equal(ours[key], weight), key
 
 
-@pytest.mark.parametrize("name", ["chameleon", "phi"])
+@pytest.mark.parametrize("parallel", [{EP: 2}, {EP: 2, TP: 2, "sequence_parallel": True}, {EP: 2, PP: 2}], ids=str)
+def test_experts_have_the_same_weights_wherever_they_are(whole, parallel):
+    ours = weights("experts", ranks=4, **parallel)
+    assert ours.keys() == whole["experts"].keys()
+    for key, weight in whole["experts"].items():
+        assert torch.equal(ours[key], weight), key
+
+
+@pytest.mark.parametrize("name", ["chameleon", "phi", "experts"])
 def test_weights_follow_their_rule(whole, name):
     for key, weight in whole[name].items():
         if key.endswith("bias") or "layernorm" in key:
@@ -95,9 +106,10 @@ def test_a_pretrained_encoder_takes_the_place_of_drawn_weights(whole, parallel, 
     assert not torch.equal(ours[patch], whole["janus"][patch])
 
 
-def test_no_two_weights_are_alike(whole):
-    """Nor are the halves of a joined matrix, the layers, or two seeds."""
-    drawn = [w for k, w in whole["chameleon"].items() if "layernorm" not in k]
-    drawn += [w for k, w in weights("chameleon", seed=1).items() if "layernorm" not in k]
+@pytest.mark.parametrize("name", ["chameleon", "experts"])
+def test_no_two_weights_are_alike(name, whole):
+    """Nor are the halves of a joined matrix, the layers, the experts, or two seeds."""
+    drawn = [w for k, w in whole[name].items() if "layernorm" not in k]
+    drawn += [w for k, w in weights(name, seed=1).items() if "layernorm" not in k]
     rows = torch.cat([w.flatten().unfold(0, 16, 16) for w in drawn])
     assert len(rows.unique(dim=0)) == len(rows)

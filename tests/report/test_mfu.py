@@ -33,6 +33,26 @@ def test_gelu_has_two_matrices_and_phi_six_flops_a_weight():
     assert trunk_flops(phi, 51200, 1, 0) == pytest.approx(6 * (1.418e9 - 51200 * 2048), rel=1e-3)
 
 
+def test_only_the_experts_that_a_token_uses_count():
+    trunk = TrunkConfig(
+        num_layers=3, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, num_experts=5, moe_layer_freq=2
+    )
+    # Layers 0 and 2 have a router 5 x 8 and use 2 of 5 experts, layer 1 has one feed-forward.
+    weights = 3 * 4 * 64 + 2 * (40 + 2 * 3 * 128) + 3 * 128 + 80
+    assert trunk_flops(trunk, vocab_size=10, tokens=1, pairs=0) == 6 * weights
+    mixtral = TrunkConfig(
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_query_groups=8,
+        ffn_hidden_size=14336,
+        num_experts=8,
+    )
+    # Mixtral 8x7B: 46.7e9 parameters, 12.9e9 of them active.
+    assert mixtral.trunk_weights + 2 * 32000 * 4096 == pytest.approx(46.7e9, rel=1e-3)
+    assert mixtral.active_weights + 2 * 32000 * 4096 == pytest.approx(12.9e9, rel=5e-3)
+
+
 def test_llama_7b_is_six_flops_a_weight():
     trunk = TrunkConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=11008)
     # 6.738e9 parameters, less the embedding table (no product) and the norms.

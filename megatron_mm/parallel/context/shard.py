@@ -38,7 +38,7 @@ class Widening:
 
 @dataclass(frozen=True)
 class Shard:
-    """front, back: PackedBatch [B, w] for the family's two ends; meta int32 [B, 5, n] for the layers between them.
+    """front, back: PackedBatch [B, w] for the family's two ends; meta int32 [B, 6, n] for the layers between them.
 
     widening: None where w = n and nothing is borrowed.
     """
