@@ -88,7 +88,7 @@ def test_models_that_the_official_code_cannot_hold_are_refused(name, override, m
         ours = model(name, ["model.vocab_size=null", *overrides])
         return CONVERTERS[ours.family].config_to_hf(ours, build_family(ours, 256).vocab, {})
 
-    assert describe()["special_ids"]["t2i"] == 256 + 5, "our own arrangement"
+    assert describe()["special_ids"]["boi"] == 256 + 3, "our own arrangement"
     with pytest.raises(ValueError, match=message):
         describe(override)
 
