@@ -29,6 +29,7 @@ class MaskedFamily:
     causal = False
     hides_keys = False
     whole_images = False
+    pixels = None
 
     def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
         self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
@@ -50,6 +51,9 @@ class MaskedFamily:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of codes in an image."""
         return self.image.height, self.image.width
+
+    def encoded_images(self, texts: int, images: int, task: str) -> float:
+        return 0.0
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)
