@@ -1,4 +1,4 @@
-"""Pretrained weights in and out: Hugging Face folders to megatron-core checkpoints and back, bit for bit.
+"""Pretrained weights in and out: official releases to megatron-core checkpoints and back, bit for bit.
 
     python -m megatron_mm.convert from_hf src=HF_DIR out=CHECKPOINT_DIR [model.trunk.hidden_dropout=0.1 ...]
     python -m megatron_mm.convert to_hf checkpoint=CHECKPOINT_DIR out=HF_DIR
@@ -7,7 +7,8 @@
     python -m megatron_mm.convert assemble_experts checkpoints=[DIR,...] out=CHECKPOINT_DIR [model.trunk.KEY=...]
 
 One process without a GPU, whatever layout the run that loads the checkpoint has (`checkpoint.load=CHECKPOINT_DIR`).
-What a model has besides its trunk goes along beside the checkpoint: vqmodel.safetensors (the image tokenizer) and
+Chameleon and Janus as transformers has them; Show-o and MMaDA as their own code has them. What a model has besides its
+trunk goes along beside the checkpoint: vqmodel.safetensors (the image tokenizer, where the release holds one) and
 hf_config.json. To convert a checkpoint of later training, copy these two beside it first; without them `to_hf` writes
 the trunk alone.
 """
@@ -34,14 +35,14 @@ from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_wei
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.peft import adapters_to_peft, config_to_peft
-from megatron_mm.interop.registry import CONVERTERS
+from megatron_mm.interop.registry import CONVERTERS, family_of
 from megatron_mm.interop.rules import VQ_PREFIX, check_trunk
-from megatron_mm.interop.safetensors_folder import SafetensorsFolder, save_safetensors
+from megatron_mm.interop.safetensors_folder import WeightsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
 
 logger = logging.getLogger(__name__)
 
-VQ_FILE, CONFIG_FILE, WEIGHTS_FILE = "vqmodel.safetensors", "hf_config.json", "model.safetensors"
+VQ_FILE, CONFIG_FILE = "vqmodel.safetensors", "hf_config.json"
 
 
 def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
@@ -53,9 +54,7 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     if (out / TRACKER).exists():
         raise CheckpointError(f"out={out} already holds a checkpoint: choose another folder, or remove it.")
     hf = _read_json(src / "config.json")
-    kind, tokenizer = hf.get("model_type"), src / "tokenizer.json"
-    if kind not in CONVERTERS:
-        raise ValueError(f"config.json has model_type={kind}, but only {' and '.join(CONVERTERS)} can be converted.")
+    kind, tokenizer = family_of(hf), src / "tokenizer.json"
     converter = CONVERTERS[kind]
     described = converter.overrides_from_hf(hf, _read_json(tokenizer) if tokenizer.exists() else {})
     derived = ["run.name=converted", "data.path=data", *described]
@@ -63,9 +62,9 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     derived += [] if any(o.startswith("model=") for o in overrides) else [f"model={kind}"]
     config = compose([*derived, *overrides])
     validate(config, world_size=1)
-    check_trunk(config.model.trunk, converter.trunk, kind.capitalize())
+    check_trunk(config.model.trunk, converter.trunk, converter.theirs)
     vocab = _vocabulary(config)
-    tensors = SafetensorsFolder(src)
+    tensors = WeightsFolder(src)
     _make_folder(out)
     _write_json(out / CONFIG_FILE, hf)
     image_tokenizer = {name: tensors[name] for name in tensors if name.startswith(VQ_PREFIX)}
@@ -79,10 +78,10 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
 
 
 def to_hf(checkpoint: Path, out: Path) -> None:
-    """Converts the newest (or the given iter_*) checkpoint to config.json and model.safetensors in `out`.
+    """Converts the newest (or the given iter_*) checkpoint to config.json and *.safetensors in `out`.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it is not of a model that Hugging Face has.
+        ValueError: there is no complete checkpoint, or its model exists nowhere else.
     """
     path = resolve(checkpoint)
     config = from_dict_config(OmegaConf.create(common_state(path)["config"]))
@@ -99,10 +98,10 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     tensors = dict(converter.weights_to_hf(weights, config.model, vocab.size))
     if (path.parent / VQ_FILE).exists():
         tensors |= load_file(path.parent / VQ_FILE)
-    else:
+    elif converter.image_tokenizer:
         logger.warning("there is no %s: writing the trunk without an image tokenizer", path.parent / VQ_FILE)
     _make_folder(out)
-    save_safetensors(out / WEIGHTS_FILE, tensors)
+    save_safetensors(out / converter.weights_file, tensors)
     _write_json(out / "config.json", hf)
     logger.info("converted %s to %s", path, out)
 

@@ -13,6 +13,7 @@ from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.context.predict import Hardware
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.model import StageModel
+from megatron_mm.parallel.sizes import count_parameters
 from megatron_mm.parallel.transformer_config import transformer_config
 from megatron_mm.plan.__main__ import main
 from megatron_mm.plan.memory import LOGITS_BYTES, estimate, layer_activations, parameters
@@ -44,6 +45,19 @@ def test_weights_are_those_of_the_model(tensor_ranks, activation):
     ours, whole = parameters(config, build_family(config.model, 1000).vocab.size)
     assert ours == pytest.approx(whole / tensor_ranks)
     assert ours == pytest.approx(counts[0], rel=0.03) and ours < counts[0]
+
+
+def _beside(_init_kwargs: dict, config) -> int:
+    return count_parameters(config, build_family(config.model, 1000)).beside
+
+
+def test_parts_beside_the_vocabulary_are_on_every_tensor_rank():
+    tensor_ranks = "parallel.tensor_model_parallel_size=2"
+    config = compose(["model=showo_flow_tiny", "run.name=test", "data.path=none", tensor_ranks])
+    built, _ = run_ranks(_built, 2, config)
+    (beside,) = run_ranks(_beside, 1, config)
+    ours, _ = parameters(config, build_family(config.model, 1000).vocab.size, beside)
+    assert ours == pytest.approx(built, rel=0.05)
 
 
 @pytest.mark.parametrize("expert_ranks", [1, 2])
@@ -114,11 +128,13 @@ def test_time_of_one_part_by_hand():
     assert made.products == pytest.approx((6 * weights + 2 * 4096 * 65536) * length / 600e12, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command():
     command = [sys.executable, "-m", "megatron_mm.plan", *LONG, "masks=docs"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    for said in ("6.74B weights", "1,048,576 tokens a row, 32,768 on each", "fits 80 GB", "MB received a layer"):
+    length = "1,048,576 tokens a row, 32,768 on each"
+    for said in ("6.74B weights", "embedding", length, "fits 80 GB", "MB received a layer"):
         assert said in run.stdout
 
 

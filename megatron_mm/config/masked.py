@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_mm.config.model import ImageConfig, TrunkConfig
+from megatron_mm.config.model import ImageConfig, TrunkConfig, VocabularyConfig
+
+
+@dataclass(frozen=True)
+class MaskedVocabularyConfig(VocabularyConfig):
+    """Its ids, and those that only these families have."""
+
+    t2i: int | None = None
+    """Of the task text to image."""
+    mmu: int | None = None
+    """Of the task image to text."""
+    mask: int | None = None
+    """Of what stands for any other token."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,7 @@ class ShowoConfig:
     image_codes: int = 8192
     vocab_size: int | None = None
     """Entries of the whole vocabulary; null means just what tokenizer, specials and image codes need."""
+    vocabulary: MaskedVocabularyConfig = MaskedVocabularyConfig()
     t2i_weight: float = 1.0
     """Of masked image codes."""
     lm_weight: float = 0.1
@@ -41,6 +54,7 @@ class MMaDAConfig:
     image_codes: int = 8192
     vocab_size: int | None = None
     """Entries of the whole vocabulary; null means just what tokenizer, specials and image codes need."""
+    vocabulary: MaskedVocabularyConfig = MaskedVocabularyConfig()
     t2i_weight: float = 1.0
     """Of masked image codes."""
     lm_weight: float = 0.1

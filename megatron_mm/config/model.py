@@ -10,7 +10,8 @@ from megatron_mm.config.fields import choice
 @dataclass(frozen=True)
 class TrunkConfig:
     """A transformer with RoPE and an untied head: by default Llama's blocks (RMSNorm, SwiGLU, no biases). Phi-1.5's are
-    LayerNorm, GELU, biases, both sublayers side by side, RoPE over half of each head, and a bias on the head."""
+    LayerNorm, GELU, biases, both sublayers side by side, RoPE over half of each head, and a bias on the head. Qwen2's
+    are Llama's with biases on queries, keys and values."""
 
     num_layers: int = 4
     hidden_size: int = 128
@@ -35,6 +36,8 @@ class TrunkConfig:
     """`swiglu`: fc2(silu(gate) * up). `gelu`: fc2(gelu(fc1)), by the tanh approximation (gelu_new)."""
     add_bias_linear: bool = False
     """Biases on the layers' linear parts: queries, keys and values, attention's output, both of the feed-forward."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values alone (Qwen2); `add_bias_linear` has them too."""
     parallel_block: bool = False
     """Attention and feed-forward side by side, behind one norm: h + attention(norm(h)) + mlp(norm(h)) (GPT-J, Phi)."""
     rotary_percent: float = 1.0

@@ -16,7 +16,7 @@ from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.config.unimoe import UniMoEConfig
 
-IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start"}
+IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 

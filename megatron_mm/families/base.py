@@ -8,7 +8,7 @@ asks of `ParallelOps`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Protocol
 
 import torch
@@ -60,7 +60,8 @@ class Vocabulary:
 
     @staticmethod
     def at(ids: SpecialsConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:
-        """A converted model's vocabulary, whose ids are given; text has every entry that nothing else takes.
+        """A converted model's vocabulary, whose ids are given; text has every entry that nothing else takes. BOS and
+        EOS may be one and the same. Ids that are no field of ours are `special`.
 
         Args:
             ids: a `VocabularyConfig` where there are image codes.
@@ -82,11 +83,12 @@ class Vocabulary:
         needed = max(text_size, codes.stop, *(special + 1 for special in specials))
         if needed > size:
             raise ValueError(f"model.vocab_size={size} is too small for its tokenizer and ids: raise it to {needed}.")
-        if len({*specials, *codes}) < len(specials) + image_codes:
+        if len({*specials, *codes}) < len(specials) - (ids.bos == ids.eos) + image_codes:
             raise ValueError(
                 f"model.vocabulary={named} has an id twice or among its {image_codes} image codes: make them differ."
             )
-        return Vocabulary(text_size, **named, image_codes=image_codes, size=size)
+        own = {name: named.pop(name) for name in named.keys() - {field.name for field in fields(Vocabulary)}}
+        return Vocabulary(text_size, **named, image_codes=image_codes, size=size, special=own)
 
 
 class Family(Protocol):

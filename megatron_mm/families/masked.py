@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
+from megatron_mm.config.masked import MaskedVocabularyConfig, MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import task_sequence
@@ -23,17 +23,20 @@ TERM = FieldSpec("int8", (), NO_TERM)
 
 
 class MaskedFamily:
-    """The parts of `Family` that both have. Ids: text, specials, T2I, MMU, MASK, image codes."""
+    """The parts of `Family` that both have. Ids are those of `model.vocabulary`, or else text, specials, T2I, MMU,
+    MASK, image codes."""
 
     causal = False
     hides_keys = False
     whole_images = False
-    pixels = None
 
     def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
         self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
-        self.vocab = Vocabulary.after_text(
-            text_vocab_size, config.image_codes, config.vocab_size, ("t2i", "mmu", "mask")
+        codes, size = config.image_codes, config.vocab_size
+        self.vocab = (
+            Vocabulary.after_text(text_vocab_size, codes, size, ("t2i", "mmu", "mask"))
+            if config.vocabulary == MaskedVocabularyConfig()
+            else Vocabulary.at(config.vocabulary, text_vocab_size, codes, size)
         )
         weights = {"t2i": config.t2i_weight, "lm": config.lm_weight, "mmu": config.mmu_weight}
         self.terms: tuple[LossTerm, ...] = tuple(LossTerm(name, weight) for name, weight in weights.items())
@@ -47,9 +50,6 @@ class MaskedFamily:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of codes in an image."""
         return self.image.height, self.image.width
-
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return 0.0
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)

@@ -80,7 +80,7 @@ def config_to_hf(model: ChameleonConfig, vocab: Vocabulary, original: Mapping[st
         ValueError: the model's trunk is not one that Hugging Face's can be.
     """
     trunk = model.trunk
-    check_trunk(trunk, TRUNK, "Chameleon")
+    check_trunk(trunk, TRUNK, "Hugging Face's Chameleon")
     ours = {
         "architectures": ["ChameleonForConditionalGeneration"],
         "model_type": "chameleon",

@@ -133,7 +133,7 @@ def config_to_hf(model: JanusConfig, vocab: Vocabulary, original: Mapping[str, A
         ValueError: the model is none that Hugging Face's Janus can be.
     """
     trunk, encoder, image = model.trunk, model.encoder, model.image
-    check_trunk(trunk, TRUNK, "Janus")
+    check_trunk(trunk, TRUNK, "Hugging Face's Janus")
     ratio = encoder.ffn_size / encoder.hidden_size
     wrong = {
         f"model.encoder.activation={encoder.activation}": encoder.activation != "gelu",

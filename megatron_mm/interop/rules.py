@@ -8,7 +8,7 @@ Shape legend: H heads, G key/value heads, Dh head size, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ LLAMA = {
     "normalization": "RMSNorm",
     "activation": "swiglu",
     "add_bias_linear": False,
+    "add_qkv_bias": False,
     "parallel_block": False,
     "rotary_percent": 1.0,
     "head_bias": False,
@@ -64,24 +65,31 @@ def linear(name: str, source: str, outputs: int, inputs: int) -> Iterator[Rule]:
     yield same(f"{name}.bias", f"{source}.bias", outputs)
 
 
+def qkv(trunk: TrunkConfig, name: str, sources: Sequence[str], *inner: int) -> Rule:
+    """Queries [H * Dh, *inner], keys and values [G * Dh, *inner] as megatron-core's [G * (H / G + 2) * Dh, *inner],
+    group by group; `inner` is D for a weight, nothing for a bias."""
+    groups, size = trunk.kv_heads, trunk.head_dim
+    per_group = trunk.num_attention_heads // groups * size
+
+    def join(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.reshape(groups, -1, *inner) for part in parts], 1).flatten(0, 1)
+
+    def split(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = weight.view(groups, -1, *inner).split([per_group, size, size], 1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    rows = (groups * per_group, groups * size, groups * size)
+    return Rule(name, {source: (n, *inner) for source, n in zip(sources, rows, strict=True)}, join, split)
+
+
 def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
     """The transformer layers and the final norm of a model that Hugging Face calls `theirs` (as Llama's, and with
     Chameleon's norms on heads)."""
     hidden, heads, groups, size = trunk.hidden_size, trunk.num_attention_heads, trunk.kv_heads, trunk.head_dim
-
-    def join_qkv(*parts: torch.Tensor) -> torch.Tensor:
-        """q [H * Dh, D], k and v [G * Dh, D] -> megatron-core's [G * (H / G + 2) * Dh, D], group by group."""
-        return torch.cat([part.reshape(groups, -1, hidden) for part in parts], 1).flatten(0, 1)
-
-    def split_qkv(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = weight.view(groups, -1, hidden).split([heads // groups * size, size, size], 1)
-        return tuple(part.flatten(0, 1) for part in parts)
-
     swin = trunk.norm_placement == "swin"
     attention_norm, mlp_norm = (
         ("self_attn_bda.norm", "mlp_bda.norm") if swin else ("input_layernorm", "pre_mlp_layernorm")
     )
-    qkv = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
     ffn_shape = (trunk.ffn_size, hidden)
     yield same("decoder.final_layernorm.weight", f"{theirs}.norm.weight", hidden)
     for n in range(trunk.num_layers):
@@ -89,12 +97,9 @@ def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
         attention, their_attention = f"{ours}.self_attention", f"{layer}.self_attn"
         yield same(f"{ours}.{attention_norm}.weight", f"{layer}.input_layernorm.weight", hidden)
         yield same(f"{ours}.{mlp_norm}.weight", f"{layer}.post_attention_layernorm.weight", hidden)
-        yield Rule(
-            f"{attention}.linear_qkv.weight",
-            {f"{their_attention}.{part}.weight": (count * size, hidden) for part, count in qkv.items()},
-            join_qkv,
-            split_qkv,
-        )
+        for kind, inner in (("weight", (hidden,)), ("bias", ()))[: 1 + trunk.add_qkv_bias]:
+            sources = [f"{their_attention}.{part}_proj.{kind}" for part in "qkv"]
+            yield qkv(trunk, f"{attention}.linear_qkv.{kind}", sources, *inner)
         for kind in ("weight", "bias") if trunk.qk_layernorm else ():
             yield same(f"{attention}.q_layernorm.{kind}", f"{their_attention}.q_norm.{kind}", heads, size)
             yield same(f"{attention}.k_layernorm.{kind}", f"{their_attention}.k_norm.{kind}", groups, size)
@@ -109,18 +114,25 @@ def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
 
 
 def check_trunk(trunk: TrunkConfig, fixed: Mapping[str, Any], theirs: str) -> None:
-    """Raises ValueError, in one sentence, unless Hugging Face's model can hold such a trunk; `fixed` says what it has
-    without a choice."""
+    """Raises ValueError, in one sentence, unless the model called `theirs` can hold such a trunk; `fixed` says what it
+    has without a choice."""
     for key, value in fixed.items():
         if (ours := getattr(trunk, key)) != value:
             raise ValueError(
-                f"model.trunk.{key}={_written(ours)}, but Hugging Face's {theirs} always has {_written(value)}: this "
+                f"model.trunk.{key}={_written(ours)}, but {theirs} always has {_written(value)}: this "
                 "model cannot be converted."
             )
 
 
+def trunk_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`model.trunk.*` overrides of these values."""
+    return [f"model.trunk.{key}={_written(value)}" for key, value in values.items()]
+
+
 def _written(value: Any) -> str:
     """As on the command line."""
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -60,6 +60,7 @@ def transformer_config(
         activation_func=activation,
         bias_activation_fusion=fused,
         add_bias_linear=trunk.add_bias_linear,
+        add_qkv_bias=trunk.add_qkv_bias,
         normalization=trunk.normalization,
         layernorm_epsilon=trunk.layernorm_epsilon,
         hidden_dropout=trunk.hidden_dropout,

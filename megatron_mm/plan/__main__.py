@@ -1,8 +1,8 @@
 """`python -m megatron_mm.plan experiment=longcontext_1m [world_size=N] [masks=NAME,...] [key=value ...]`
 
-Prints what a run will need, from its configuration alone: memory of a GPU part by part, and for each named mask of
-packed rows how balanced the context-parallel parts are, what they send, and how long a step takes by prediction.
-Further keys are those of the run. Rates and links are keys too; the defaults are an H100's, assumed.
+Prints what a run will need, from its configuration alone: parameters and memory of a GPU part by part, and for each
+named mask of packed rows how balanced the context-parallel parts are, what they send, and how long a step takes by
+prediction. Further keys are those of the run. Rates and links are keys too; the defaults are an H100's, assumed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.config.validate import validate
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.context.predict import Hardware
-from megatron_mm.plan.memory import Memory, estimate, parameters
+from megatron_mm.parallel.sizes import ParameterCounts, count_parameters
+from megatron_mm.plan.memory import Memory, estimate
 from megatron_mm.plan.time import StepTime, step_time
 from megatron_mm.report.mfu import DENSE_BF16_PEAKS, trunk_flops
 
@@ -55,11 +56,12 @@ def main(arguments: Sequence[str]) -> None:
     names = plan.masks.split(",")
     if unknown := next((name for name in names if name not in DISTRIBUTIONS), None):
         raise ConfigError(f"masks={unknown} is unknown; masks: {', '.join(DISTRIBUTIONS)}.")
-    vocab_size = build_family(config.model, plan.text_vocab_size).vocab.size
+    family = build_family(config.model, plan.text_vocab_size)
+    vocab_size, counts = family.vocab.size, count_parameters(config, family)
     console = Console(soft_wrap=True, highlight=False)
-    _, total = parameters(config, vocab_size)
-    console.print(f"{config.run.name}: {total / 1e9:.2f}B weights, {_layout(config, plan.world_size)}")
-    console.print(_memory_table(estimate(config, vocab_size, plan.world_size), plan))
+    console.print(f"{config.run.name}: {counts.total / 1e9:.2f}B weights, {_layout(config, plan.world_size)}")
+    console.print(_parameter_table(counts))
+    console.print(_memory_table(estimate(config, vocab_size, plan.world_size, counts.beside), plan))
     tp = config.parallel.tensor_model_parallel_size
     hardware = Hardware(
         plan.attention_tflops, plan.node_gigabytes, plan.network_gigabytes, node_size=max(plan.node_size // tp, 1)
@@ -84,6 +86,14 @@ def _layout(config: Config, world_size: int) -> str:
         f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
         f"{world_size // parallel.model_parallel_size}"
     )
+
+
+def _parameter_table(counts: ParameterCounts) -> Table:
+    table = Table("parameters")
+    table.add_column("millions", justify="right")
+    for field in fields(counts):
+        table.add_row(field.name, f"{getattr(counts, field.name) / 1e6:,.1f}")
+    return table
 
 
 def _memory_table(memory: Memory, plan: PlanConfig) -> Table:

@@ -1,7 +1,7 @@
 """How much memory of one GPU a run takes, part by part, from its configuration alone.
 
 Counted: what grows with the model or the context. Left out: the CUDA context and NCCL's buffers (1 to 2 GB), the
-allocator's fragments, and a family's parts beside the vocabulary (patch layers, U-Nets).
+allocator's fragments, and the activations of a family's parts beside the vocabulary (patch layers, U-Nets).
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ class Memory:
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
-def parameters(config: Config, vocab_size: int) -> tuple[float, float]:
-    """(weights of one rank at most, weights of the whole trunk with embedding and head), without norms and biases."""
+def parameters(config: Config, vocab_size: int, beside: int = 0) -> tuple[float, float]:
+    """(weights of one rank at most, weights of the whole model), without norms and biases.
+
+    beside: those of a family's parts beside the vocabulary, which are not cut over tensor-parallel ranks.
+    """
     trunk, parallel = config.model.trunk, config.parallel
     embedding = vocab_size * trunk.hidden_size
     ends = embedding * (2 if parallel.pipeline_model_parallel_size == 1 else 1)
     shared = (trunk.shared_weights / parallel.pipeline_model_parallel_size + ends) / parallel.tensor_model_parallel_size
-    return shared + _experts(config), trunk.trunk_weights + 2 * embedding
+    return shared + _experts(config) + beside, trunk.trunk_weights + 2 * embedding + beside
 
 
 def _experts(config: Config) -> float:
@@ -48,11 +51,11 @@ def _experts(config: Config) -> float:
     return (trunk.trunk_weights - trunk.shared_weights) / spread
 
 
-def estimate(config: Config, vocab_size: int, world_size: int) -> Memory:
-    """The memory of a run on `world_size` GPUs."""
+def estimate(config: Config, vocab_size: int, world_size: int, beside: int = 0) -> Memory:
+    """The memory of a run on `world_size` GPUs; `beside` as in `parameters`."""
     trunk, parallel, train = config.model.trunk, config.parallel, config.train
     element = train.dtype.itemsize
-    rank_weights, _ = parameters(config, vocab_size)
+    rank_weights, _ = parameters(config, vocab_size, beside)
     replicas = world_size / (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     stage_ranks = world_size / parallel.pipeline_model_parallel_size
     experts = _experts(config)

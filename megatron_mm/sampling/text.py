@@ -29,7 +29,7 @@ def grammar(vocab: Vocabulary, width: int, device: torch.device) -> torch.Tensor
     text = allowed[Next.TEXT]
     text[: vocab.text_size] = True
     text[codes] = False
-    text[[vocab.pad, vocab.bos, vocab.boi, vocab.eoi]] = False
+    text[[vocab.pad, vocab.bos, vocab.boi, vocab.eoi, *vocab.special.values()]] = False
     text[vocab.eos] = True
     allowed[Next.TEXT_OR_IMAGE] = text
     allowed[Next.TEXT_OR_IMAGE, vocab.boi] = True

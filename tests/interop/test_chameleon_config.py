@@ -88,6 +88,7 @@ def test_variants_that_we_do_not_have_are_refused(tmp_path, changes, message):
         "model.trunk.normalization=LayerNorm",
         "model.trunk.activation=gelu",
         "model.trunk.add_bias_linear=true",
+        "model.trunk.add_qkv_bias=true",
         "model.trunk.parallel_block=true",
         "model.trunk.rotary_percent=0.5",
         "model.trunk.head_bias=true",

@@ -23,6 +23,7 @@ OPTIONS = {
     "gelu": {"activation": "gelu"},
     "biases": {"add_bias_linear": True},
     "biases_swin": {"add_bias_linear": True, "norm_placement": "swin"},
+    "qkv_bias": {"add_qkv_bias": True},
     "gelu_biases": {"activation": "gelu", "add_bias_linear": True},
     "parallel_block": {"parallel_block": True, "hidden_dropout": 0.3},
     "partial_rope": {"rotary_percent": 0.5},
@@ -70,7 +71,8 @@ def plain_logits(weights, trunk: TrunkConfig, seed: int, document, key: int) -> 
 
     def attention(x, name):
         g, per_group = trunk.kv_heads, trunk.num_attention_heads // trunk.kv_heads
-        mixed = linear(x, f"{name}.linear_qkv").view(n, g, per_group + 2, -1)
+        mixed = linear(x, f"{name}.linear_qkv", trunk.add_bias_linear or trunk.add_qkv_bias)
+        mixed = mixed.view(n, g, per_group + 2, -1)
         q, k, v = mixed[:, :, :per_group].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
         q, k = turned(head_norm(q, f"{name}.q_layernorm"), trunk), turned(head_norm(k, f"{name}.k_layernorm"), trunk)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
@@ -147,7 +149,7 @@ def expected():
 
 
 CASES = [(option, "one") for option in OPTIONS]
-CASES += [(option, "tp2_sp") for option in ("layernorm_swin", "biases", "biases_swin", "phi")]
+CASES += [(option, "tp2_sp") for option in ("layernorm_swin", "biases", "biases_swin", "qkv_bias", "phi")]
 CASES += [("phi", layout) for layout in LAYOUTS if layout not in ("one", "tp2_sp")]
 
 

@@ -1,5 +1,7 @@
-"""A trunk of Phi's options against transformers' PhiForCausalLM on random weights and biases (the body of Show-o)."""
+"""Trunks of Phi's and of Qwen2's options against transformers on random weights and biases (the bodies of Show-o and
+Show-o2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from distributed import run_ranks
 from sharded import assemble
-from transformers import PhiConfig, PhiForCausalLM
-from trunk_runs import CPU, PADDED, VOCAB, Z_WEIGHT, config_of, documents, engine_of, run_trunk
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from trunk_runs import CPU, VOCAB, Z_WEIGHT, config_of, documents, engine_of, run_trunk
 
-from megatron_mm.config.model import TrunkConfig
+from megatron_mm.config.masked import ShowoConfig
+from megatron_mm.config.model import ChameleonConfig, TrunkConfig
 from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.whole_weights import load_whole_weights
+from megatron_mm.interop import chameleon_weights, showo_weights
 from megatron_mm.mask import dense
 from megatron_mm.parallel.distributed import process_groups, single_process
 from megatron_mm.types import IGNORE
@@ -23,8 +27,29 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
 LAYOUTS = {"one": {}, "tp2": TP2, "tp2_sp": TP2 | {"sequence_parallel": True}, "pp2": PP2}
 
 
-def trunk_of(groups: int) -> TrunkConfig:
-    return TrunkConfig(
+@dataclass(frozen=True)
+class Body:
+    """A model of transformers, our options for it, and how its weights (or their gradients) come under our names."""
+
+    trunk: TrunkConfig
+    make: Callable[[], PreTrainedModel]
+    to_ours: Callable[[dict[str, torch.Tensor], TrunkConfig], dict[str, torch.Tensor]]
+
+
+def sizes_of(trunk: TrunkConfig) -> dict:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": trunk.hidden_size,
+        "intermediate_size": trunk.ffn_size,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": trunk.kv_heads,
+        "attn_implementation": "eager",
+    }
+
+
+def phi(groups: int) -> Body:
+    trunk = TrunkConfig(
         num_layers=LAYERS,
         hidden_size=32,
         num_attention_heads=HEADS,
@@ -38,37 +63,42 @@ def trunk_of(groups: int) -> TrunkConfig:
         rotary_percent=0.5,
         head_bias=True,
     )
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    config = PhiConfig(qk_layernorm=True, rope_parameters=rope, **sizes_of(trunk))
+    return Body(trunk, lambda: PhiForCausalLM(config), phi_to_ours)
 
 
-def to_ours(hf: dict[str, torch.Tensor], groups: int) -> dict[str, torch.Tensor]:
-    """Phi's weights (or their gradients) under our names; norms of queries and keys with a row for each head."""
+def qwen2(groups: int) -> Body:
+    trunk = TrunkConfig(
+        num_layers=LAYERS,
+        hidden_size=32,
+        num_attention_heads=HEADS,
+        num_query_groups=groups,
+        rotary_base=500.0,
+        layernorm_epsilon=1e-3,
+        add_qkv_bias=True,
+    )
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    config = Qwen2Config(rope_parameters=rope, rms_norm_eps=1e-3, tie_word_embeddings=False, **sizes_of(trunk))
+    return Body(trunk, lambda: Qwen2ForCausalLM(config), llama_to_ours)
 
-    def rows_for(vocabulary: torch.Tensor) -> torch.Tensor:
-        return torch.cat([vocabulary, vocabulary.new_zeros(PADDED - VOCAB, *vocabulary.shape[1:])])
 
-    ours = {"front.embedding.weight": rows_for(hf["model.embed_tokens.weight"])}
-    for kind in ("weight", "bias"):
-        ours[f"decoder.final_layernorm.{kind}"] = hf[f"model.final_layernorm.{kind}"]
-        ours[f"back.head.{kind}"] = rows_for(hf[f"lm_head.{kind}"])
-        for n in range(LAYERS):
-            layer, theirs = f"decoder.layers.{n}", f"model.layers.{n}"
-            qkv = [hf[f"{theirs}.self_attn.{part}_proj.{kind}"].unflatten(0, (groups, -1)) for part in "qkv"]
-            ours[f"{layer}.self_attention.linear_qkv.{kind}"] = torch.cat(qkv, 1).flatten(0, 1)
-            ours[f"{layer}.self_attention.linear_proj.{kind}"] = hf[f"{theirs}.self_attn.dense.{kind}"]
-            for part, count in (("q", HEADS), ("k", groups)):
-                shared = hf[f"{theirs}.self_attn.{part}_layernorm.{kind}"]
-                ours[f"{layer}.self_attention.{part}_layernorm.{kind}"] = shared.expand(count, -1)
-            ours[f"{layer}.input_layernorm.{kind}"] = hf[f"{theirs}.input_layernorm.{kind}"]
-            for part in ("fc1", "fc2"):
-                ours[f"{layer}.mlp.linear_{part}.{kind}"] = hf[f"{theirs}.mlp.{part}.{kind}"]
-    return ours
+def phi_to_ours(hf: dict[str, torch.Tensor], trunk: TrunkConfig) -> dict[str, torch.Tensor]:
+    """By way of Show-o's names."""
+    prefixed = {f"showo.{name}": weight for name, weight in hf.items()}
+    return dict(showo_weights.weights_from_hf(prefixed, ShowoConfig(trunk=trunk), VOCAB))
+
+
+def llama_to_ours(hf: dict[str, torch.Tensor], trunk: TrunkConfig) -> dict[str, torch.Tensor]:
+    """By way of Chameleon's names, which are Llama's."""
+    return dict(chameleon_weights.weights_from_hf(hf, ChameleonConfig(trunk=trunk), VOCAB))
 
 
 @dataclass(frozen=True)
 class Oracle:
     """What transformers computes for `documents(spans)`, each document by itself."""
 
-    groups: int
+    trunk: TrunkConfig
     spans: bool
     weights: dict[str, torch.Tensor]
     logits: list[torch.Tensor]
@@ -82,24 +112,14 @@ def additive(mask: np.ndarray) -> torch.Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
 
 
-@pytest.fixture(scope="module", params=[(4, False), (2, True)], ids=["causal", "omni-gqa"])
+ORACLES = {"phi": (phi(4), False), "phi-omni-gqa": (phi(2), True), "qwen2-omni-gqa": (qwen2(2), True)}
+
+
+@pytest.fixture(scope="module", params=ORACLES)
 def oracle(request) -> Oracle:
-    groups, spans = request.param
-    trunk = trunk_of(groups)
-    model = PhiForCausalLM(
-        PhiConfig(
-            vocab_size=VOCAB,
-            hidden_size=trunk.hidden_size,
-            intermediate_size=4 * trunk.hidden_size,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=groups,
-            qk_layernorm=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
-            attn_implementation="eager",
-        )
-    )
-    generator = torch.Generator().manual_seed(groups)
+    body, spans = ORACLES[request.param]
+    model = body.make()
+    generator = torch.Generator().manual_seed(body.trunk.kv_heads)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
@@ -118,9 +138,9 @@ def oracle(request) -> Oracle:
     terms = {"ce": torch.cat(losses).mean(), "z": torch.cat(log_zs).square().mean()}
     (terms["ce"] + Z_WEIGHT * terms["z"]).backward()
     parameters = dict(model.named_parameters())
-    weights = to_ours({name: p.detach() for name, p in parameters.items()}, groups)
-    gradients = to_ours({name: p.grad for name, p in parameters.items()}, groups)
-    return Oracle(groups, spans, weights, logits, {k: v.item() for k, v in terms.items()}, gradients)
+    weights = body.to_ours({name: p.detach() for name, p in parameters.items()}, body.trunk)
+    gradients = body.to_ours({name: p.grad for name, p in parameters.items()}, body.trunk)
+    return Oracle(body.trunk, spans, weights, logits, {k: v.item() for k, v in terms.items()}, gradients)
 
 
 def check_close(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
@@ -131,7 +151,7 @@ def check_close(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_gradients_are_transformers(oracle, layout):
-    config = config_of(trunk_of(oracle.groups), **LAYOUTS[layout])
+    config = config_of(oracle.trunk, **LAYOUTS[layout])
     results = run_ranks(run_trunk, config.parallel.model_parallel_size, config, oracle.weights, oracle.spans)
     logits, losses, _ = results[-1]
     assert losses == pytest.approx(oracle.losses, rel=1e-5)
@@ -159,9 +179,9 @@ def load(_init, folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("oracle", [(2, True)], ids=["omni-gqa"], indirect=True)
+@pytest.mark.parametrize("oracle", ["phi-omni-gqa", "qwen2-omni-gqa"], indirect=True)
 def test_a_checkpoint_holds_every_weight_under_a_layout_free_name(oracle, tmp_path):
-    config = config_of(trunk_of(oracle.groups), **LAYOUTS["tp2_sp"])
+    config = config_of(oracle.trunk, **LAYOUTS["tp2_sp"])
     run_ranks(save, 2, config, oracle.weights, tmp_path)
     (loaded,) = run_ranks(load, 1, tmp_path)
     assert loaded.keys() == oracle.weights.keys()
