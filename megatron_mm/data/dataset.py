@@ -74,7 +74,8 @@ def encoded_images(indices: Sequence[Index], tasks: Sequence[str], layout: Layou
     for index, task in zip(indices, tasks, strict=True):
         kinds = np.stack([index.texts, index.images], axis=1)
         unique, inverse = np.unique(kinds, axis=0, return_inverse=True)
-        costs = np.array([layout.encoded_images(texts, images, task) for texts, images in unique.tolist()], dtype=np.float64)
+        read = [layout.encoded_images(texts, images, task) for texts, images in unique.tolist()]
+        costs = np.array(read, dtype=np.float64)
         found.append(costs[inverse.reshape(-1)])
     images = np.concatenate(found)
     return images if images.any() else None

@@ -67,7 +67,8 @@ class StepLoader(Generic[Batch]):
     """Iterates steps for ever, `data.prefetch` of them read ahead by `data.num_workers` threads.
 
     Pack k of a step is row i of micro-batch j on rank r, where k = (j * dp_size + r) * micro_batch_size + i, as in
-    Megatron-LM; where an encoder reads images, packs are dealt out by them instead (`megatron_mm.data.balance`). An error in a sample surfaces at its step, names the sample and closes the loader.
+    Megatron-LM; where an encoder reads images, packs are dealt out by them instead (`megatron_mm.data.balance`). An
+    error in a sample surfaces at its step, names the sample and closes the loader.
 
     Every micro-batch goes through `prepare` in its thread.
 

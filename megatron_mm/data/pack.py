@@ -10,7 +10,6 @@ import torch
 from megatron_mm import mask
 from megatron_mm.types import MODALITIES, Document, FieldSpec, PackedBatch
 
-
 TEXT, IMAGE = (1 + MODALITIES.index(name) for name in ("text", "image"))
 
 

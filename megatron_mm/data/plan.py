@@ -96,9 +96,7 @@ class Plan:
     Documents longer than `seq_length` are left out (`megatron_mm.data.dataset` writes them to the ledger or refuses).
     """
 
-    def __init__(
-        self, lengths: np.ndarray, seq_length: int, seed: int, window: int, images: np.ndarray | None = None
-    ):
+    def __init__(self, lengths: np.ndarray, seq_length: int, seed: int, window: int, images: np.ndarray | None = None):
         assert (lengths <= seq_length).any(), "no document fits"
         self.images = images
         self.lengths, self.seq_length, self.seed, self.window = lengths, seq_length, seed, window

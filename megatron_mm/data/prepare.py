@@ -1,4 +1,4 @@
-"""Turns a corpus into shards: python -m megatron_mm.data.prepare {mnist,emoji,folder,html,questions} --out DIR [options].
+"""Corpora as shards: python -m megatron_mm.data.prepare {mnist,emoji,folder,html,questions} --out DIR [options].
 
 Writes DIR/train and DIR/val, the image tokenizers that the source fits (DIR/codebook.npz, DIR/vae.pt), and at last
 the card DIR/dataset.json (counts, options, licence). With the card in place a second call does nothing; `--force`

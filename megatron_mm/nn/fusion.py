@@ -59,10 +59,11 @@ def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 def feed_forward_activation(trunk: TrunkConfig, compiled: bool) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
     """megatron-core's `activation_func` and `bias_activation_fusion`: what follows the first matrix, and whether
     megatron-core's compiled functions compute it. They know GELU only with a bias, and under the name of the exact one,
-    of which they compute the tanh approximation."""
+    of which they compute the tanh approximation. Weighted by a router's share they know only SwiGLU without a bias."""
+    experts = trunk.num_experts is not None
     if trunk.activation == "swiglu":
-        return F.silu, compiled
-    fused = compiled and trunk.add_bias_linear and trunk.num_experts is None  # experts have no fused GELU
+        return F.silu, compiled and not (experts and trunk.add_bias_linear)
+    fused = compiled and trunk.add_bias_linear and not experts
     return (F.gelu if fused else gelu_tanh), fused
 
 

@@ -229,10 +229,13 @@ def _mark_expert(layer: nn.Module) -> None:
     """An expert's gradients belong to the ranks that share the expert; megatron-core says so only where experts are
     spread, but under TP others than those of data parallelism share it. It also makes optimizer states alike, spread
     or not."""
+    if not layer.is_expert:
+        return
+    layer.explicit_expert_comm = True  # the dispatcher communicates, the layer never does
     for parameter in layer.parameters():
-        parameter.allreduce = not layer.is_expert
-        if layer.is_expert:
-            parameter.sequence_parallel = False  # megatron-core's row bias, which other tensor ranks do not share
+        parameter.allreduce = False
+        # Of a row's bias megatron-core thinks that the tensor ranks share it.
+        parameter.sequence_parallel, parameter.tensor_model_parallel = False, True
 
 
 def _sharded(module: nn.Module, axes: dict[str, int], prefix: str, offsets: tuple, metadata: dict | None) -> dict:

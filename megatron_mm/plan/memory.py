@@ -1,7 +1,8 @@
 """How much memory of one GPU a run takes, part by part, from its configuration alone.
 
 Counted: what grows with the model or the context. Left out: the CUDA context and NCCL's buffers (1 to 2 GB), the
-allocator's fragments, and the activations of a family's parts beside the vocabulary (patch layers, U-Nets).
+allocator's fragments, and the activations of a family's parts beside the vocabulary (patch layers, U-Nets). Frozen
+weights count as if they trained: with adapters it is an upper bound.
 """
 
 from __future__ import annotations

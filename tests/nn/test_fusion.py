@@ -113,6 +113,13 @@ def test_gelu_is_the_tanh_approximation_whoever_computes_it(biases, compiled):
     assert_same(ours, results(new, [*leaves, bias], []), 1e-8 if fused else 1e-14)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_experts_have_a_fused_activation_only_where_megatron_core_has_one(activation, biases):
+    trunk = TrunkConfig(activation=activation, add_bias_linear=biases, num_experts=2)
+    assert feed_forward_activation(trunk, compiled=True)[1] == (activation == "swiglu" and not biases)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_traced_as_one_graph(name, monkeypatch):
     """What torch.compile makes of the function and its gradients, before any code is generated."""
