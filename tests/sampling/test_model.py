@@ -34,7 +34,7 @@ def load_twice(_init_kwargs, config, folder):
     """Names of weights that differ from those of the run's seed, and a continuation of nothing."""
     with SamplingModel.load(folder / "iter_0000001") as loaded:
         assert loaded.config == replace(config, parallel=ParallelConfig(use_distributed_optimizer=False))
-        fresh = SamplingModel.build(config, CPU)
+        fresh = SamplingModel.build(loaded.config, CPU)
         initialize(fresh.stage, config.train.seed)
         wanted = dict(fresh.stage.named_parameters())
         differing = [n for n, p in loaded.stage.named_parameters() if not torch.equal(p, wanted[n])]
