@@ -31,6 +31,7 @@ from megatron_mm.families.layout import (
     task_of,
     token_sequence,
 )
+from megatron_mm.families.patches import pixels_of
 from megatron_mm.mask import causal
 from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
@@ -147,9 +148,9 @@ class Janus:
         Args:
             drawn: whether images are to be generated; None: those without pixels.
         """
-        side, grid = self.config.encoder.side, self.grid
+        encoder, grid = self.config.encoder, self.grid
         is_drawn = lambda segment: segment.pixels is None if drawn is None else drawn  # noqa: E731
-        places = lambda segment: np.full(grid if is_drawn(segment) else (side, side), self.vocab.pad)  # noqa: E731
+        places = lambda segment: np.full(grid if is_drawn(segment) else (encoder.side, encoder.side), self.vocab.pad)  # noqa: E731
         tokens, images = token_sequence(segments, self.vocab, places)
         n = len(tokens)
         kind, codes = np.full(n, NO_IMAGE, dtype=np.int8), np.zeros(n, dtype=np.int64)
@@ -162,18 +163,8 @@ class Janus:
                 codes[at] = image_codes(sample, segment, self.config.image, self.config.image_codes).ravel()
             else:
                 kind[at] = SEEN
-                pixels[at] = patchify(self._pixels(sample, segment), self.config.encoder.patch_size)
+                pixels[at] = patchify(pixels_of(sample, segment, encoder.image_size), encoder.patch_size)
         return tokens, images, {"kind": kind, "pixels": pixels, "codes": codes}
-
-    def _pixels(self, sample: Sample, segment: ImageSegment) -> np.ndarray:
-        side = self.config.encoder.image_size
-        found = None if segment.pixels is None else list(segment.pixels.shape)
-        if segment.pixels is None or found != [3, side, side]:
-            raise ValueError(
-                f"Sample {sample.key!r} has an image with pixels {found}, but model.encoder.image_size={side} reads "
-                f"[3, {side}, {side}]. Change model.encoder.image_size or what fills ImageSegment.pixels."
-            )
-        return segment.pixels
 
 
 class JanusFront(nn.Module):

@@ -22,3 +22,18 @@ def images_of(sample: Sample, segments: tuple[Segment, ...], image: ImageConfig)
                 f"[{image.channels}, {image.height}, {image.width}]. Change model.image or the shards."
             )
     return found
+
+
+def pixels_of(sample: Sample, segment: ImageSegment, side: int) -> np.ndarray:
+    """What a vision encoder reads of an image, float32 [3, side, side].
+
+    Raises:
+        ValueError: it has no pixels, or of another size.
+    """
+    if segment.pixels is None or segment.pixels.shape != (3, side, side):
+        found = None if segment.pixels is None else list(segment.pixels.shape)
+        raise ValueError(
+            f"Sample {sample.key!r} has an image with pixels {found}, but model.encoder.image_size={side} reads "
+            f"[3, {side}, {side}]. Change model.encoder.image_size or what fills ImageSegment.pixels."
+        )
+    return segment.pixels

@@ -18,6 +18,7 @@ from megatron_mm.config.unimoe import UniMoEConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import in_task_order, next_token_labels, open_end, prompt_end, task_of, token_sequence
+from megatron_mm.families.patches import pixels_of
 from megatron_mm.mask import causal
 from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
@@ -98,22 +99,13 @@ class UniMoE:
 
     def _sequence(self, sample: Sample, segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens and images of `token_sequence`, and the patches of each position."""
+        encoder = self.config.encoder
         tokens, images = token_sequence(segments, self.vocab, lambda segment: np.full(self.grid, self.vocab.pad))
         pixels = np.zeros((len(tokens), *self.fields["pixels"].shape), dtype=np.float32)
         sources = [segment for segment in segments if isinstance(segment, ImageSegment)]
         for (first, h, w), segment in zip(images, sources, strict=True):
-            pixels[first : first + h * w] = patchify(self._pixels(sample, segment), self.config.encoder.patch_size)
+            pixels[first : first + h * w] = patchify(pixels_of(sample, segment, encoder.image_size), encoder.patch_size)
         return tokens, images, pixels
-
-    def _pixels(self, sample: Sample, segment: ImageSegment) -> np.ndarray:
-        side = self.config.encoder.image_size
-        if segment.pixels is None or segment.pixels.shape != (3, side, side):
-            found = None if segment.pixels is None else list(segment.pixels.shape)
-            raise ValueError(
-                f"Sample {sample.key!r} has an image with pixels {found}, but model.encoder.image_size={side} reads "
-                f"[3, {side}, {side}]. Change model.encoder.image_size or what fills ImageSegment.pixels."
-            )
-        return segment.pixels
 
 
 class UniMoEFront(nn.Module):
