@@ -38,7 +38,7 @@ class SpanAttention(nn.Module):
         packed_seq_params: SpreadAttention | None = None,
         **_unused,
     ) -> torch.Tensor:
-        """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], mask int32 [B, 5, S] -> [S, B, H/TP * Dh]."""
+        """query [S, B, H/TP, Dh], key and value [S, B, G/TP, Dh], mask int32 [B, 6, S] -> [S, B, H/TP * Dh]."""
         if packed_seq_params is not None:
             return packed_seq_params(query, key, value, self.attend_partially).flatten(2)
         q, k, v = (t.transpose(0, 1) for t in (query, key, value))
