@@ -63,10 +63,12 @@ FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 
 def cases(layouts, of_each):
     """(layout, family), the slow ones marked."""
+    found = []
     for family in FAMILIES:
         for name in layouts if family in THOROUGH else of_each:
             fast = name in FAST if family in THOROUGH else name == "tp2_sp"
-            yield pytest.param(name, family, marks=() if fast else pytest.mark.slow)
+            found.append(pytest.param(name, family, marks=() if fast else pytest.mark.slow))
+    return found
 
 
 def run_layout(name, family, shards, folder, *further):
