@@ -20,11 +20,11 @@ class MaskedVocabularyConfig(VocabularyConfig):
 
 
 @dataclass(frozen=True)
-class ShowoConfig:
-    """Show-o (arXiv 2408.12528)."""
+class MaskedConfig:
+    """What both have; the defaults are Show-o's."""
 
-    family: str = "showo"
-    trunk: TrunkConfig = TrunkConfig(qk_layernorm=True)
+    family: str = ""
+    trunk: TrunkConfig = TrunkConfig()
     image: ImageConfig = ImageConfig(channels=3, height=16, width=16)
     """height and width are the code grid's: an image is height * width codes."""
     image_codes: int = 8192
@@ -44,27 +44,19 @@ class ShowoConfig:
 
 
 @dataclass(frozen=True)
-class MMaDAConfig:
+class ShowoConfig(MaskedConfig):
+    """Show-o (arXiv 2408.12528)."""
+
+    family: str = "showo"
+    trunk: TrunkConfig = TrunkConfig(qk_layernorm=True)
+
+
+@dataclass(frozen=True)
+class MMaDAConfig(MaskedConfig):
     """MMaDA (arXiv 2505.15809)."""
 
     family: str = "mmada"
-    trunk: TrunkConfig = TrunkConfig()
     image: ImageConfig = ImageConfig(channels=3, height=32, width=32)
-    """height and width are the code grid's: an image is height * width codes."""
-    image_codes: int = 8192
-    vocab_size: int | None = None
-    """Entries of the whole vocabulary; null means just what tokenizer, specials and image codes need."""
-    vocabulary: MaskedVocabularyConfig = MaskedVocabularyConfig()
-    t2i_weight: float = 1.0
-    """Of masked image codes."""
-    lm_weight: float = 0.1
-    """Of documents of text alone."""
-    mmu_weight: float = 1.0
-    """Of answers."""
     text_block: int = 64
     """Answers end in EOS up to a multiple of this, so that the number of masks does not give their length away;
     sampling adds as many masks at a time."""
-    generation_share: float = 0.5
-    """Share of caption-image pairs that teach text to image; the others teach image to text."""
-    condition_dropout: float = 0.1
-    """Share of text to image trained without its caption, for classifier-free guidance."""

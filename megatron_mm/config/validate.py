@@ -11,6 +11,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError
+from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.config.schema import DataConfig
@@ -208,6 +209,10 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         config.checkpoint.async_save and config.checkpoint.save is None,
         "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
     )
+    if isinstance(config.model, TransfusionConfig | ShowoFlowConfig):
+        yield _undivided(config.model)
+    if isinstance(config.model, ShowoFlowConfig):
+        yield from _showo_flow(config.model)
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
     if isinstance(config.model, JanusConfig | UniMoEConfig):
@@ -228,13 +233,27 @@ def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
         yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
 
 
-def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
+def _undivided(model: TransfusionConfig | ShowoFlowConfig) -> tuple[bool, str]:
     patch, image = model.patch_size, model.image
-    yield (
+    return (
         image.height % patch > 0 or image.width % patch > 0,
         f"model.patch_size={patch} must divide model.image.height={image.height} and model.image.width={image.width}; "
         "change one of them.",
     )
+
+
+def _showo_flow(model: ShowoFlowConfig) -> Iterator[tuple[bool, str]]:
+    for width, heads, size, count in (
+        ("semantic_hidden_size", "semantic_heads", model.semantic_hidden_size, model.semantic_heads),
+        ("trunk.hidden_size", "flow_heads", model.trunk.hidden_size, model.flow_attention_heads),
+    ):
+        yield (
+            size % count > 0,
+            f"model.{width}={size} must be a multiple of model.{heads}={count}; change one of the two.",
+        )
+
+
+def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
     yield (
         model.image_first_max_timestep > model.num_train_timesteps,
         f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_mm.config.masked import MaskedVocabularyConfig, MMaDAConfig, ShowoConfig
+from megatron_mm.config.masked import MaskedConfig, MaskedVocabularyConfig
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import task_sequence
@@ -31,7 +31,7 @@ class MaskedFamily:
     whole_images = False
     pixels = None
 
-    def __init__(self, config: ShowoConfig | MMaDAConfig, text_vocab_size: int) -> None:
+    def __init__(self, config: MaskedConfig, text_vocab_size: int) -> None:
         self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
         codes, size = config.image_codes, config.vocab_size
         self.vocab = (

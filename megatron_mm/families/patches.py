@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.flow import ShowoFlowConfig
+from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.types import ImageSegment, Sample, Segment
+
+
+class PatchGrid:
+    """Images of `config.image` cut into patches of `config.patch_size`."""
+
+    config: TransfusionConfig | ShowoFlowConfig
+
+    @property
+    def patch_dim(self) -> int:
+        """P: numbers in a patch vector."""
+        return self.config.image.channels * self.config.patch_size**2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in an image."""
+        return self.config.image.height // self.config.patch_size, self.config.image.width // self.config.patch_size
 
 
 def images_of(sample: Sample, segments: tuple[Segment, ...], image: ImageConfig) -> list[np.ndarray]:

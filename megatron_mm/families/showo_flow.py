@@ -31,7 +31,7 @@ from megatron_mm.families.layout import (
     task_of,
     token_sequence,
 )
-from megatron_mm.families.patches import images_of
+from megatron_mm.families.patches import PatchGrid, images_of
 from megatron_mm.mask import with_spans
 from megatron_mm.nn.flow import UNIT, FlowTimes, interpolate
 from megatron_mm.nn.flow_head import FlowHead, Fusion, SemanticLayers
@@ -44,7 +44,7 @@ NO_TIME = -1
 """Time of a position that has none."""
 
 
-class ShowoFlow:
+class ShowoFlow(PatchGrid):
     """See `Family`. Fields of a batch:
 
     patches [B, S, P]: x_t as patch vectors; velocity [B, S, P]: x_1 - x_0; time int32 [B, S] of patches, in millionths,
@@ -57,6 +57,8 @@ class ShowoFlow:
     whole_images = True
     image_codes = 0
     pixels = None
+
+    config: ShowoFlowConfig
 
     def __init__(self, config: ShowoFlowConfig, text_vocab_size: int) -> None:
         self.config = config
@@ -71,16 +73,6 @@ class ShowoFlow:
             "clock": FieldSpec("int32", (), NO_TIME),
             "labels": FieldSpec("int64", (), IGNORE),
         }
-
-    @property
-    def patch_dim(self) -> int:
-        """P: numbers in a patch vector."""
-        return self.config.image.channels * self.config.patch_size**2
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches in an image."""
-        return self.config.image.height // self.config.patch_size, self.config.image.width // self.config.patch_size
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Positions of a document; one without its caption turns out shorter."""

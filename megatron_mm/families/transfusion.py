@@ -21,7 +21,7 @@ from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import arrange, next_token_labels, open_end, prompt_end, token_sequence
-from megatron_mm.families.patches import images_of
+from megatron_mm.families.patches import PatchGrid, images_of
 from megatron_mm.mask import with_spans
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
@@ -34,7 +34,7 @@ NO_PATCH = -1
 """Timestep of a position that holds no patch."""
 
 
-class Transfusion:
+class Transfusion(PatchGrid):
     """See `Family`. Fields of a batch:
 
     patches [B, S, P]: x_t as patch vectors; noise [B, S, P]: the noise in it; timestep int32 [B, S], -1 where there is
@@ -46,6 +46,8 @@ class Transfusion:
     hides_keys = False
     image_codes = 0
     pixels = None
+
+    config: TransfusionConfig
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
         _check(config)
@@ -61,16 +63,6 @@ class Transfusion:
             "timestep": FieldSpec("int32", (), NO_PATCH),
             "labels": FieldSpec("int64", (), IGNORE),
         }
-
-    @property
-    def patch_dim(self) -> int:
-        """P: numbers in a patch vector."""
-        return self.config.image.channels * self.config.patch_size**2
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches in an image."""
-        return self.config.image.height // self.config.patch_size, self.config.image.width // self.config.patch_size
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Positions of a document; with condition dropout it may turn out shorter."""

@@ -160,6 +160,13 @@ def test_accepts(world_size, overrides):
         (1, ["optim.min_lr=1"], r"optim\.min_lr=1\.0 is above optim\.lr=0\.0003"),
         (1, ["checkpoint.async_save=true", "checkpoint.save=null"], r"checkpoint\.async_save=true has nothing to"),
         (1, ["model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=28 and .*width=28"),
+        (1, ["model=showo_flow", "model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=32"),
+        (
+            1,
+            ["model=showo_flow", "model.flow_heads=3"],
+            r"hidden_size=128 must be a multiple of model\.flow_heads=3",
+        ),
+        (1, ["model=showo_flow", "model.semantic_heads=7"], r"size=1152 must be a multiple of model\.semantic_heads=7"),
         (1, ["model=janus", "model.encoder.patch_size=5"], r"encoder\.patch_size=5 must divide .*image_size=32"),
         (1, ["model=janus", "model.encoder.num_attention_heads=3"], r"encoder\.hidden_size=128 must be a multiple of"),
         (1, ["model=janus", "model.generation_share=1.5"], r"model\.generation_share=1\.5 must be between 0 and 1"),
