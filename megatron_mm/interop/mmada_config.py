@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 from typing import Any
 
 from megatron_mm.config.masked import MMaDAConfig
 from megatron_mm.families.base import Vocabulary
-from megatron_mm.interop.rules import LLAMA, check_trunk, trunk_overrides
+from megatron_mm.interop.rules import LLAMA, check_square, check_trunk, square_overrides, trunk_overrides
 from megatron_mm.interop.special_ids import id_entry, id_overrides
 
 TRUNK = LLAMA | {"qk_layernorm": False, "norm_placement": "pre"}
@@ -73,7 +72,6 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
             f"config.json has {', '.join(wrong)}, which our MMaDA does not do; this variant cannot be converted."
         )
     hf = _DEFAULTS | dict(hf)
-    side = isqrt(hf["num_vq_tokens"])
     sizes = {
         "num_layers": hf["n_layers"],
         "hidden_size": hf["d_model"],
@@ -86,8 +84,7 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     }
     return [
         *trunk_overrides(TRUNK | sizes),
-        *(f"model.image.{length}={side}" for length in ("height", "width")),
-        f"model.image_codes={hf['codebook_size']}",
+        *square_overrides(hf),
         f"model.vocab_size={hf.get('embedding_size') or hf['vocab_size']}",
         *id_overrides(hf, _IDS | {"mask": hf["mask_token_id"]}),
     ]
@@ -101,11 +98,7 @@ def config_to_hf(model: MMaDAConfig, vocab: Vocabulary, original: Mapping[str, A
     """
     trunk, image = model.trunk, model.image
     check_trunk(trunk, TRUNK, "MMaDA")
-    if image.height != image.width:
-        raise ValueError(
-            f"model.image has {image.height} x {image.width} codes, but MMaDA's images are square: this model "
-            "cannot be converted."
-        )
+    check_square(image, "MMaDA")
     ours = {
         "model_type": "mmada",
         **_FIXED,

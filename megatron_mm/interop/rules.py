@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from megatron_mm.config.model import TrunkConfig
+from megatron_mm.config.model import ImageConfig, TrunkConfig
 from megatron_mm.parallel.ops import padded_vocab_size
 
 LLAMA = {
@@ -111,6 +112,21 @@ def trunk_rules(trunk: TrunkConfig, theirs: str) -> Iterator[Rule]:
             lambda weight: weight.chunk(2),
         )
         yield same(f"{ours}.mlp.linear_fc2.weight", f"{layer}.mlp.down_proj.weight", *ffn_shape[::-1])
+
+
+def check_square(image: ImageConfig, theirs: str) -> None:
+    """Raises ValueError, in one sentence, unless an image has as many rows of codes as columns."""
+    if image.height != image.width:
+        raise ValueError(
+            f"model.image has {image.height} x {image.width} codes, but {theirs}'s images are square: this model "
+            "cannot be converted."
+        )
+
+
+def square_overrides(hf: Mapping[str, Any]) -> list[str]:
+    """Those of `model.image` and its codes, from the keys that Show-o and MMaDA have for them."""
+    side = isqrt(hf["num_vq_tokens"])
+    return [f"model.image.height={side}", f"model.image.width={side}", f"model.image_codes={hf['codebook_size']}"]
 
 
 def check_trunk(trunk: TrunkConfig, fixed: Mapping[str, Any], theirs: str) -> None:

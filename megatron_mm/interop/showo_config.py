@@ -7,12 +7,11 @@ names that transformers' Phi has for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 from typing import Any
 
 from megatron_mm.config.masked import ShowoConfig
 from megatron_mm.families.base import Vocabulary
-from megatron_mm.interop.rules import check_trunk, trunk_overrides
+from megatron_mm.interop.rules import check_square, check_trunk, square_overrides, trunk_overrides
 from megatron_mm.interop.special_ids import id_entry, id_overrides
 
 TRUNK = {
@@ -57,7 +56,6 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
             "converted."
         )
     hf = _PHI | _DEFAULTS | dict(hf)
-    side = isqrt(hf["num_vq_tokens"])
     sizes = {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
@@ -71,8 +69,7 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
     }
     return [
         *trunk_overrides(TRUNK | sizes),
-        *(f"model.image.{length}={side}" for length in ("height", "width")),
-        f"model.image_codes={hf['codebook_size']}",
+        *square_overrides(hf),
         f"model.vocab_size={hf['vocab_size']}",
         *id_overrides(hf, _official_ids(hf["llm_vocab_size"], hf["vocab_size"])),
     ]
@@ -86,11 +83,7 @@ def config_to_hf(model: ShowoConfig, vocab: Vocabulary, original: Mapping[str, A
     """
     trunk, image = model.trunk, model.image
     check_trunk(trunk, TRUNK, "Show-o")
-    if image.height != image.width:
-        raise ValueError(
-            f"model.image has {image.height} x {image.width} codes, but Show-o's images are square: this model "
-            "cannot be converted."
-        )
+    check_square(image, "Show-o")
     sizes = {
         "hidden_size": trunk.hidden_size,
         "intermediate_size": trunk.ffn_size,
