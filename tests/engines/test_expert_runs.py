@@ -1,5 +1,7 @@
 """Runs with experts: one curve and one router load under every layout, dropout on."""
 
+from functools import partial
+
 import pytest
 from tiny_runs import overrides_for, run_training
 
@@ -39,16 +41,8 @@ FP64 = ["train.precision=fp64", PLAIN]
 
 
 @pytest.fixture(scope="module")
-def baseline(shards, tmp_path_factory):
-    runs = {}
-
-    def get(*extra):
-        if extra not in runs:
-            folder = tmp_path_factory.mktemp("baseline")
-            runs[extra] = run_training(overrides_for("transfusion_experts", shards, folder, *SHORT, *extra))
-        return runs[extra]
-
-    return get
+def baseline(one_process):
+    return partial(one_process, "transfusion_experts", *SHORT)
 
 
 def assert_same_curve(steps, expected, tolerance, norm_tolerance):

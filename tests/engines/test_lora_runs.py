@@ -1,5 +1,7 @@
 """Runs with adapters: one curve under every layout, dropout of the adapters on; only what is named moves."""
 
+from functools import partial
+
 import pytest
 from tiny_runs import overrides_for, run_training
 
@@ -28,16 +30,8 @@ FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 
 
 @pytest.fixture(scope="module")
-def baseline(shards, tmp_path_factory):
-    runs = {}
-
-    def get(*extra):
-        if extra not in runs:
-            folder = tmp_path_factory.mktemp("baseline")
-            runs[extra] = run_training(overrides_for("transfusion", shards, folder, *LORA, *extra))
-        return runs[extra]
-
-    return get
+def baseline(one_process):
+    return partial(one_process, "transfusion", *LORA)
 
 
 def assert_same_curve(steps, expected, tolerance, norm_tolerance):

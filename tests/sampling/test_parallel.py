@@ -15,7 +15,7 @@ from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
-from megatron_mm.sampling.generation import generate
+from megatron_mm.sampling.generation import SAMPLERS, generate
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.types import ImageSegment, TextSegment
 
@@ -36,17 +36,15 @@ def save(init_kwargs, config, folder):
 
 
 def sample(init_kwargs, folder, parallel):
-    """Segments of all three modes, as lists of numbers."""
+    """Segments of every mode that the family writes, as lists of numbers."""
     settings = SamplingConfig(steps=3, max_new_tokens=8, num_samples=2, cfg_scale=2.0)
     with process_groups(parallel, 0, CPU, **init_kwargs), SamplingModel.load(folder, CPU, parallel) as model:
         codes, rng = model.codec.codes, np.random.default_rng(0)
         image = ImageSegment(rng.integers(0, 16, (4, 4)) if codes else rng.random((1, 8, 8), np.float32))
         text = TextSegment(np.array([70, 80]))
-        found = [
-            *generate(model, [[text], []], "text_to_image", settings),
-            *generate(model, [[image, text]], "image_to_text", settings),
-            *generate(model, [[text]], "interleaved", settings),
-        ]
+        prompts = {"text_to_image": [[text], []], "image_to_text": [[image, text]], "interleaved": [[text]]}
+        modes = SAMPLERS[model.family.name].modes
+        found = [segments for mode in modes for segments in generate(model, prompts[mode], mode, settings)]
     return [
         [(s.ids if isinstance(s, TextSegment) else s.data).ravel().tolist() for s in segments] for segments in found
     ]
@@ -58,7 +56,7 @@ def test_ranks_change_nothing(family, folder, tmp_path):
     config = config_for(family, folder, *FP64)
     run_ranks(save, 1, config, tmp_path)
     (alone,) = run_ranks(sample, 1, tmp_path, ParallelConfig())
-    assert sum(map(len, alone)) > 6
+    assert all(alone), "a continuation is empty"
     for sizes in ({"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}):
         parallel = ParallelConfig(**{f"{name}_model_parallel_size": size for name, size in sizes.items()})
         for rank in run_ranks(sample, parallel.model_parallel_size, tmp_path, parallel):
