@@ -77,15 +77,16 @@ def main(arguments: Sequence[str]) -> None:
         real = read_pairs(train_split, model.tokenizer, pixels, config.classifier_images, config.seed)
         classifier = train_classifier(images_of(real), labels_of(real), config.seed)
         began = time.perf_counter()
-        status.update("drawing captions")
+        status.update("drawing images")
         settings = SamplingConfig(seed=config.seed, cfg_scale=config.cfg_scale, steps=config.steps, batch_size=100)
-        drawn = draw_images(model, of_each_class(held_out, config.images_per_class), classifier, settings)
+        modes = SAMPLERS[model.family.name].modes
+        wanted = of_each_class(held_out, config.images_per_class) if "text_to_image" in modes else []
+        drawn = draw_images(model, wanted, classifier, settings)
         status.update("captioning images")
         greedy = SamplingConfig(seed=config.seed, temperature=0.0, max_new_tokens=32, batch_size=100)
         captioned = write_captions(model, held_out[: config.captions], greedy)
         status.update("writing a document")
-        interleaves = "interleaved" in SAMPLERS[model.family.name].modes
-        document = write_document(model, config.start, settings) if interleaves else None
+        document = write_document(model, config.start, settings) if "interleaved" in modes else None
         seconds = time.perf_counter() - began
         status.update("drawing pictures")
         draw_sheet(samples_sections(drawn, captioned, document, config.start), folder / "samples.png")
@@ -97,14 +98,14 @@ def main(arguments: Sequence[str]) -> None:
         "run": str(folder),
         "checkpoint": str(checkpoint),
         **training_summary(rows),
-        "generated_images": score(drawn).to_dict(),
+        "generated_images": score(drawn).to_dict() if drawn else None,
         "captions": score(captioned).to_dict(),
         "classifier": Score(right, len(tests)).to_dict(),
         "sampling_seconds": seconds,
     }
     with replacing(folder / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    print(describe(summary, _sample_more(checkpoint.parent)))
+    print(describe(summary, _sample_more(checkpoint.parent, draws=bool(drawn))))
 
 
 def _draw_mask(run: Config, model: SamplingModel, path: Path) -> None:
@@ -116,10 +117,11 @@ def _draw_mask(run: Config, model: SamplingModel, path: Path) -> None:
     plot_mask(batch.mask[0].numpy(), batch.images[:, 1:].numpy(), path)
 
 
-def _sample_more(checkpoints: Path) -> str:
+def _sample_more(checkpoints: Path, draws: bool) -> str:
     python, here = Path(sys.executable), Path.cwd()
     shown = python.relative_to(here) if python.is_relative_to(here) else "python"
-    return f'{shown} -m megatron_mm.generate checkpoint={checkpoints} prompt="a seven" num_samples=8 out=samples'
+    prompt = 'prompt="a seven" num_samples=8' if draws else "image=PICTURE.png"
+    return f"{shown} -m megatron_mm.generate checkpoint={checkpoints} {prompt} out=samples"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.generate import GenerateConfig, parse
 from megatron_mm.data.files import replacing
+from megatron_mm.data.image_codec import picture_of
 from megatron_mm.parallel.distributed import is_first_rank
 from megatron_mm.report.gallery import gallery
 from megatron_mm.sampling.generation import generate
@@ -85,9 +86,8 @@ def _write(model: SamplingModel, segments: list[Segment], config: GenerateConfig
         if isinstance(segment, TextSegment):
             parts.append({"text": model.tokenizer.decode(segment.ids)})
         else:
-            pixels = model.codec.decode(segment.data)
             name = f"{prompt:04d}_{sample:02d}_{i:02d}.png"
-            Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(Path(config.out, name))
+            picture_of(model.codec.decode(segment.data)).save(Path(config.out, name))
             parts.append({"image": name})
     text = config.prompt[prompt] if config.prompt else None
     return {"prompt": text, "image": config.image, "sample": sample, "segments": parts}

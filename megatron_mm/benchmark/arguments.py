@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_mm.benchmark.variants import VARIANTS, Variant
-from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.arguments import parse_own
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.config.validate import validate
 
@@ -45,10 +45,7 @@ def parse(arguments: Sequence[str], world_size: int) -> tuple[BenchmarkConfig, l
     Raises:
         ConfigError: an unknown variant or key, a value that its key does not take, or more than one process.
     """
-    own = {field.name for field in fields(BenchmarkConfig)}
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    overrides = [argument for argument in arguments if argument not in mine]
-    benchmark = parse_arguments(BenchmarkConfig(), mine)
+    benchmark, overrides = parse_own(BenchmarkConfig(), arguments)
     if world_size > 1:
         raise ConfigError(f"The benchmark measures one process, but the world size is {world_size}: start it alone.")
     names = list(VARIANTS) if benchmark.variants == "all" else benchmark.variants.split(",")

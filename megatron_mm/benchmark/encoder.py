@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.arguments import parse_own
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import ConfigError, compose
 from megatron_mm.data.balance import deal
@@ -55,10 +55,8 @@ class Line:
 
 
 def main(arguments: Sequence[str]) -> None:
-    own = {field.name for field in fields(EncoderConfig)}
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    benchmark = parse_arguments(EncoderConfig(), mine)
-    config = compose(["run.name=encoder", *(argument for argument in arguments if argument not in mine)])
+    benchmark, overrides = parse_own(EncoderConfig(), arguments)
+    config = compose(["run.name=encoder", *overrides])
     tokenizer = load_tokenizer(config.data.tokenizer)
     family = build_family(config.model, tokenizer.size)
     plan, _, _ = open_data(config.data, config.model.image, family, tokenizer, config.train.seed)

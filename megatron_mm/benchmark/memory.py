@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mm.benchmark.result import environment
-from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.arguments import parse_own
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import Config, compose
 from megatron_mm.config.validate import validate
@@ -63,12 +63,9 @@ class MemoryResult:
 
 
 def main(arguments: Sequence[str]) -> None:
-    own = {field.name for field in fields(MemoryConfig)}
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    benchmark = parse_arguments(MemoryConfig(), mine)
+    benchmark, further = parse_own(MemoryConfig(), arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     length = benchmark.tokens * ranks
-    further = [argument for argument in arguments if argument not in mine]
     config = compose([*MODEL, f"data.seq_length={length}", f"parallel.context_parallel_size={ranks}", *further])
     validate(config, ranks)
     device = pick_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
@@ -21,6 +22,17 @@ def parse_arguments(default: T, arguments: Sequence[str]) -> T:
         ConfigError: an argument is not key=value, its key is unknown, or its value is not what the key takes.
     """
     return with_values(default, split(arguments))
+
+
+def parse_own(default: T, arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """`parse_arguments` of those whose key is one of `default`, and the others as they are.
+
+    Raises:
+        ConfigError: an own key's value is not what it takes.
+    """
+    keys = {field.name for field in fields(default)}  # type: ignore[arg-type]  # a dataclass
+    own = [argument for argument in arguments if argument.partition("=")[0] in keys]
+    return parse_arguments(default, own), [argument for argument in arguments if argument not in own]
 
 
 def split(arguments: Sequence[str]) -> dict[str, str]:

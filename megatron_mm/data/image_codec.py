@@ -76,6 +76,11 @@ class PixelCodec:
         return np.asarray(pixels, dtype=np.uint8)
 
 
+def picture_of(image: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as a grey (C = 1) or RGB picture."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def square_pixels(image: Image.Image, side: int) -> np.ndarray:
     """A picture for a vision encoder, float32 [3, side, side] in [-1, 1], by Janus's rule: the longer side becomes
     `side` (bicubic), the shorter one keeps the proportions and is padded with grey on both ends."""

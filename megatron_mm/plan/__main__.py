@@ -16,7 +16,7 @@ from mm_kernels.span_attention.benchmark.distributions import mask as named_mask
 from rich.console import Console
 from rich.table import Table
 
-from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.arguments import parse_own
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.config.validate import validate
@@ -48,10 +48,8 @@ class PlanConfig:
 
 
 def main(arguments: Sequence[str]) -> None:
-    own = {field.name for field in fields(PlanConfig)}
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    plan = parse_arguments(PlanConfig(), mine)
-    config = compose([argument for argument in arguments if argument not in mine])
+    plan, overrides = parse_own(PlanConfig(), arguments)
+    config = compose(overrides)
     validate(config, plan.world_size)
     names = plan.masks.split(",")
     if unknown := next((name for name in names if name not in DISTRIBUTIONS), None):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mm.config.generate import SamplingConfig
+from megatron_mm.data.image_codec import picture_of
 from megatron_mm.report.classifier import ImageClassifier
 from megatron_mm.report.pairs import Pair, first_image, read_text
-from megatron_mm.report.sheet import picture_of
 from megatron_mm.report.summary import Score
 from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.model import SamplingModel
@@ -46,6 +46,8 @@ def draw_images(
     model: SamplingModel, pairs: Sequence[Pair], classifier: ImageClassifier, settings: SamplingConfig
 ) -> list[Drawn]:
     """One image for each pair's caption."""
+    if not pairs:
+        return []
     prompts = [[TextSegment(model.tokenizer.encode(pair.caption))] for pair in pairs]
     drawn = generate(model, prompts, "text_to_image", settings)
     images = [model.codec.decode(first_image(segments).data) for segments in drawn]

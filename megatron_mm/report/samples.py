@@ -33,22 +33,17 @@ def write_document(model: SamplingModel, start: str, settings: SamplingConfig) -
 def samples_sections(
     drawn: Sequence[Drawn], captioned: Sequence[Captioned], document: Sequence[str | Tile] | None, start: str
 ) -> list[Section]:
-    """The sheet's sections; nothing on it is picked by hand. document: None where the family writes none."""
-    captions = list(dict.fromkeys(d.pair.caption for d in drawn))
-    images = [[Tile(d.image, right=d.right) for d in drawn if d.pair.caption == caption] for caption in captions]
+    """The sheet's sections; nothing on it is picked by hand. drawn: empty, document: None where the family has none."""
+    sections = []
+    if drawn:
+        captions = list(dict.fromkeys(d.pair.caption for d in drawn))
+        images = [[Tile(d.image, right=d.right) for d in drawn if d.pair.caption == caption] for caption in captions]
+        said = f"{score(drawn)} recognised as the caption's digit by a classifier trained on real images; others in red"
+        rows = [(caption, tiles[:IMAGES_A_CLASS]) for caption, tiles in zip(captions, images, strict=True)]
+        sections.append(Section("Text to image", said, rows))
     named = [Tile(c.pair.image, c.caption, c.right) for c in captioned[:CAPTIONS]]
-    sections = [
-        Section(
-            "Text to image",
-            f"{score(drawn)} recognised as the caption's digit by a classifier trained on real images; others in red",
-            [(caption, tiles[:IMAGES_A_CLASS]) for caption, tiles in zip(captions, images, strict=True)],
-        ),
-        Section(
-            "Image to text",
-            f"real, held-out images and the captions generated for them: {score(captioned)} right; wrong ones in red",
-            [("", named)],
-        ),
-    ]
+    said = f"real, held-out images and the captions generated for them: {score(captioned)} right; wrong ones in red"
+    sections.append(Section("Image to text", said, [("", named)]))
     if document is not None:
         title = "Text and images in one document"
         sections.append(Section(title, f'continued from "{start}"', [("", document)]))

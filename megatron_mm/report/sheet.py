@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from megatron_mm.data.image_codec import picture_of
+
 WIDTH, MARGIN, LABEL, GAP = 1140, 24, 100, 10
 """Pixels: the sheet, its border, the column of prompts, the space between tiles."""
 TILE = 84
@@ -108,11 +110,6 @@ def _tile(tile: Tile) -> Image.Image:
         text = text[:-2] + "…"
     draw.text((framed.width // 2, framed.height - 9), text, INK if tile.right else WRONG, font, anchor="mm")
     return framed
-
-
-def picture_of(image: np.ndarray) -> Image.Image:
-    """uint8 [H, W, C] as a grey (C = 1) or RGB picture."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def _printable(text: str) -> str:

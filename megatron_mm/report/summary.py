@@ -46,20 +46,22 @@ def training_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(summary: Mapping[str, Any], sample_more: str) -> str:
     """The summary in a few lines for the console; `sample_more` is the command that goes on from here."""
     drawn, captions, classifier = (
-        Score(summary[key]["right"], summary[key]["of"]) for key in ("generated_images", "captions", "classifier")
+        summary[key] and Score(summary[key]["right"], summary[key]["of"])
+        for key in ("generated_images", "captions", "classifier")
     )
     minutes, seconds = divmod(round(summary["training_seconds"]), 60)
-    lines = [
-        f"{summary['run']}: {summary['iterations']} iterations in {minutes} min {seconds} s",
-        *(
-            f"{name.removeprefix('loss/') + ' loss':<28}{loss['first']:.3f} -> {loss['last']:.3f}"
-            for name, loss in summary["losses"].items()
-            if name != "loss"
-        ),
-        f"{'generated images recognised':<28}{drawn}  (by a classifier that recognises "
-        f"{100 * classifier.accuracy:.1f} % of real ones)",
-        f"{'captions right':<28}{captions}",
-        f"{'pictures':<28}samples.png, mask.png, loss.png in {summary['run']}; all figures in summary.json",
-        f"{'sample more':<28}{sample_more}",
-    ]
-    return "\n  ".join(lines)
+    figures = {
+        f"{name.removeprefix('loss/')} loss": f"{loss['first']:.3f} -> {loss['last']:.3f}"
+        for name, loss in summary["losses"].items()
+        if name != "loss"
+    }
+    if drawn:
+        judge = f"by a classifier that recognises {100 * classifier.accuracy:.1f} % of real ones"
+        figures["generated images recognised"] = f"{drawn}  ({judge})"
+    figures |= {
+        "captions right": str(captions),
+        "pictures": f"samples.png, mask.png, loss.png in {summary['run']}; all figures in summary.json",
+        "sample more": sample_more,
+    }
+    heading = f"{summary['run']}: {summary['iterations']} iterations in {minutes} min {seconds} s"
+    return "\n  ".join([heading, *(f"{name:<28}{value}" for name, value in figures.items())])

@@ -6,6 +6,8 @@ codes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -14,13 +16,14 @@ from megatron_mm.sampling.decoder import piece
 from megatron_mm.sampling.row import Row
 from megatron_mm.sampling.sampler import Sampler, column
 from megatron_mm.sampling.text import Next
+from megatron_mm.types import Document
 
 
 class ChameleonSampler(Sampler):
     """See `Sampler`."""
 
-    def write(self, hidden: torch.Tensor) -> None:
-        rows = self.rows
+    def write(self, prompts: Sequence[Document]) -> None:
+        rows, hidden = self.rows, self.read(self.rows, prompts)
         if self.draws_at_once:
             for row in rows:
                 row.codes = []

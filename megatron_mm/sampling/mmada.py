@@ -2,8 +2,7 @@
 
 Images by masked decoding; text in blocks, left to right, each of which takes its most confident tokens first (LLaDA,
 arXiv 2502.09992). Masks stand up to the end of the answer's `text_block`, as in training; another one is added where no
-EOS came. An interleaved document goes on with an image behind text and with text behind an image, until its
-text is empty or there is no room.
+EOS came. In an interleaved document text and images take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from megatron_mm.sampling.masked import MaskedSampler
 from megatron_mm.sampling.remask import most_confident
 from megatron_mm.sampling.row import Row
 from megatron_mm.sampling.text import Next, choose
-from megatron_mm.types import Document, ImageSegment
+from megatron_mm.sampling.turns import take_turns
+from megatron_mm.types import Document
 
 
 class MMaDASampler(MaskedSampler):
@@ -39,26 +39,23 @@ class MMaDASampler(MaskedSampler):
     def room(self, row: Row) -> int:
         return self.seq_length - len(self.documents[row.index])
 
-    def read(self, prompts: Sequence[Document]) -> torch.Tensor:
+    def write(self, prompts: Sequence[Document]) -> None:
         twins = [self.without_prompt(prompt) for prompt in prompts]
         self.documents = [document.tokens for document in (*prompts, *twins)]
-        return torch.empty(0)
-
-    def write(self, hidden: torch.Tensor) -> None:
         if self.draws_at_once:
             self.draw(self.rows)
-            return
-        rows = self._answer([row for row in self.rows if self.mode == "image_to_text" or _ends_in_image(row)])
-        if self.mode == "image_to_text":
-            return
-        rows += [row for row in self.rows if not _ends_in_image(row)]
-        while rows := [row for row in rows if self.room(row) >= self.image_length + self.beside_image]:
-            for row, image in zip(rows, self.wrapped(self.draw(rows)), strict=True):
-                self._extend(row, image)
-            rows = self._answer(rows)
+        elif self.mode == "image_to_text":
+            self._answer(self.rows)
+        else:
+            fits = lambda row: self.room(row) >= self.image_length + self.beside_image  # noqa: E731
+            take_turns(self.rows, fits, self._add_image, self._answer)
 
     def code_hidden(self, rows: Sequence[Row], indices: list[int], tokens: np.ndarray) -> torch.Tensor:
         return self._hidden(indices, list(self.wrapped(tokens)), 1, self.image_length)
+
+    def _add_image(self, rows: list[Row]) -> None:
+        for row, image in zip(rows, self.wrapped(self.draw(rows)), strict=True):
+            self._extend(row, image)
 
     def _answer(self, rows: list[Row]) -> list[Row]:
         """Writes text behind each row that has room for a block; returns those that may go on."""
@@ -115,8 +112,3 @@ class MMaDASampler(MaskedSampler):
         hidden = self.decoder.forward(indices, batch, keep=0)
         places = torch.tensor([len(document) + first for document in documents])[:, None] + torch.arange(count)
         return hidden[torch.arange(len(rows))[:, None], places]
-
-
-def _ends_in_image(row: Row) -> bool:
-    segments = row.request.prompt.segments
-    return bool(segments) and isinstance(segments[-1], ImageSegment)

@@ -17,7 +17,7 @@ from megatron_mm.nn.patch import patchify, unpatchify
 from megatron_mm.sampling.decoder import piece
 from megatron_mm.sampling.row import Row
 from megatron_mm.sampling.sampler import Sampler, column
-from megatron_mm.types import PackedBatch
+from megatron_mm.types import Document, PackedBatch
 
 
 class PatchSampler(Sampler):
@@ -37,7 +37,8 @@ class PatchSampler(Sampler):
     def fields(self, tokens: np.ndarray, patches: torch.Tensor | None, time: int) -> dict[str, torch.Tensor]:
         """The fields of tokens [b, n], which begin with an image where its patches [b, m, P] are given."""
 
-    def write(self, hidden: torch.Tensor) -> None:
+    def write(self, prompts: Sequence[Document]) -> None:
+        hidden = self.read(self.rows, prompts)
         if self.draws_at_once:
             self._draw(self.rows)
             return

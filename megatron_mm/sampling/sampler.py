@@ -64,15 +64,15 @@ class Sampler(ABC):
         prompts = [lay_out(row.request.prompt, self.draws_at_once) for row in self.rows]
         capacity = self._capacity([len(prompt.tokens) for prompt in prompts])
         with Decoder.open(self.model, len(self.rows) * (1 + self.guided), capacity) as self.decoder:
-            self.write(self.read(prompts))
+            self.write(prompts)
         return [row.finish() for row in self.rows]
 
-    def read(self, prompts: Sequence[Document]) -> torch.Tensor:
-        """Caches the prompts (and the twins'); hidden states [b or 2b, D] at their last positions."""
-        hidden = self.decoder.prefill(self.indices(self.rows), prompts)
+    def read(self, rows: Sequence[Row], prompts: Sequence[Document]) -> torch.Tensor:
+        """Caches the rows' prompts (and the twins'); hidden states [b or 2b, D] at their last positions."""
+        hidden = self.decoder.prefill(self.indices(rows), prompts)
         if not self.guided:
             return hidden
-        twins = self.decoder.prefill(self.twins(self.rows), [self.without_prompt(prompt) for prompt in prompts])
+        twins = self.decoder.prefill(self.twins(rows), [self.without_prompt(prompt) for prompt in prompts])
         return torch.cat([hidden, twins])
 
     def without_prompt(self, prompt: Document) -> Document:
@@ -80,8 +80,8 @@ class Sampler(ABC):
         return self.model.family.lay_out_prompt(Sample(0, "no prompt", ()), open_image=True)
 
     @abstractmethod
-    def write(self, hidden: torch.Tensor) -> None:
-        """Writes each row to its end; `hidden` is what `read` returns."""
+    def write(self, prompts: Sequence[Document]) -> None:
+        """Reads each row's prompt and writes the row to its end."""
 
     def write_text(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[Row]:
         """Writes until every row has ended or is to draw; returns those that draw, whose BOI is not read yet.

@@ -10,6 +10,7 @@ import torch
 from megatron_mm.sampling.decoder import piece
 from megatron_mm.sampling.masked import MaskedSampler
 from megatron_mm.sampling.row import Row
+from megatron_mm.types import Document
 
 
 class ShowoSampler(MaskedSampler):
@@ -18,7 +19,8 @@ class ShowoSampler(MaskedSampler):
     guidance = 6.0
     """The paper's w = 5 in (1 + w) c - w u."""
 
-    def write(self, hidden: torch.Tensor) -> None:
+    def write(self, prompts: Sequence[Document]) -> None:
+        hidden = self.read(self.rows, prompts)
         if self.draws_at_once:
             self.draw(self.rows)
             return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from megatron_mm.sampling.decoder import piece
 from megatron_mm.sampling.sampler import Sampler
-from megatron_mm.types import PackedBatch
+from megatron_mm.types import Document, PackedBatch
 
 
 class UniMoESampler(Sampler):
@@ -15,8 +17,8 @@ class UniMoESampler(Sampler):
 
     modes = ("image_to_text",)
 
-    def write(self, hidden: torch.Tensor) -> None:
-        self.write_text(self.rows, hidden)
+    def write(self, prompts: Sequence[Document]) -> None:
+        self.write_text(self.rows, self.read(self.rows, prompts))
 
     def batch(self, tokens: np.ndarray) -> PackedBatch:
         width = self.model.family.fields["pixels"].shape

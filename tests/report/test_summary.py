@@ -49,6 +49,13 @@ def test_score():
     assert Score(183, 200).to_dict() == {"right": 183, "of": 200, "accuracy": 0.915}
 
 
+def test_console_of_a_family_that_draws_nothing(rows):
+    summary = training_summary(rows) | {"run": "runs/demo", "generated_images": None}
+    summary |= dict.fromkeys(("captions", "classifier"), Score(471, 500).to_dict())
+    said = describe(summary, "python -m sample")
+    assert "captions right" in said and "recognised" not in said
+
+
 def test_console(rows):
     summary = training_summary(rows) | {
         "run": "runs/demo",

@@ -9,7 +9,7 @@ from pathlib import Path
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS
 
 from megatron_mm.benchmark.context.rates import ASSUMED
-from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.arguments import parse_own
 from megatron_mm.config.compose import ConfigError
 
 DATA = "data"
@@ -61,13 +61,11 @@ def parse(arguments: Sequence[str]) -> Study:
     Raises:
         ConfigError: an unknown key or name, a value that its key does not take, or a length that ranks do not divide.
     """
-    own = {field.name for field in fields(ContextConfig)}
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    config = parse_arguments(ContextConfig(), mine)
-    overrides = tuple(argument for argument in arguments if argument not in mine)
+    config, overrides = parse_own(ContextConfig(), arguments)
     if overrides and not config.data:
+        keys = ", ".join(sorted(field.name for field in fields(config)))
         raise ConfigError(
-            f"{overrides[0]} is no key of this study, which takes {', '.join(sorted(own))}; a run's own keys say how "
+            f"{overrides[0]} is no key of this study, which takes {keys}; a run's own keys say how "
             "documents are laid out, and need data=FOLDER."
         )
     known = [*DISTRIBUTIONS, *([DATA] if config.data else [])]
@@ -85,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Study:
     if config.kernel_csv and not Path(config.kernel_csv).is_file():
         raise ConfigError(f"kernel_csv={config.kernel_csv} is no file; leave it out to take published speeds.")
     heads = tuple(_heads(pair) for pair in config.heads.split(","))
-    return Study(config, tuple(names), lengths, ranks, tokens, tuple(gpus), heads, overrides)
+    return Study(config, tuple(names), lengths, ranks, tokens, tuple(gpus), heads, tuple(overrides))
 
 
 def _several(key: str, text: str, known: Sequence[str]) -> list[str]:
