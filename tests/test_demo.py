@@ -1,14 +1,18 @@
 """The demo's report from end to end: tiny models of every family on a few made-up digits, and the user's mistakes."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
+from distributed import run_ranks
 from PIL import Image
 
+from megatron_mm import train
 from megatron_mm.config.compose import ConfigError, compose
 from megatron_mm.data.image_codec import PatchVQCodec
 from megatron_mm.data.shards import Record, write_shards
@@ -26,6 +30,14 @@ def python(folder, *arguments) -> str:
     result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def in_folder(_init_kwargs, folder, call, *arguments) -> str:
+    """What `call(*arguments)` printed in `folder`; for a process of its own."""
+    os.chdir(folder)
+    with redirect_stdout(io.StringIO()) as said:
+        call(*arguments)
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +79,10 @@ def test_report(digits, family, overrides):
         "data.seq_length=128",
         "optim.lr_warmup_iters=0",
     ]
-    python(digits, "megatron_mm.train", *arguments, *overrides, "train.train_iters=2", "train.micro_batch_size=8")
-
-    said = python(digits, "megatron_mm.demo", f"run=runs/{family}", *FEW)
+    config = compose([*arguments, *overrides, "train.train_iters=2", "train.micro_batch_size=8"])
+    run_ranks(in_folder, 1, digits, train.main, config)
+    report = [f"run=runs/{family}", *FEW]
+    (said,) = run_ranks(in_folder, 1, digits, main, report)
     assert f"runs/{family}: 2 iterations in" in said and f"checkpoint=runs/{family}/checkpoints" in said
     assert all((run / name).stat().st_size > 1000 for name in PICTURES)
     first = json.loads((run / "summary.json").read_text())
@@ -79,7 +92,7 @@ def test_report(digits, family, overrides):
     assert first["training_seconds"] > 0
 
     pictures = [(run / name).read_bytes() for name in PICTURES]
-    python(digits, "megatron_mm.demo", f"run=runs/{family}", *FEW)
+    python(digits, "megatron_mm.demo", *report)
     second = json.loads((run / "summary.json").read_text())
     assert first | {"sampling_seconds": 0} == second | {"sampling_seconds": 0}
     assert pictures == [(run / name).read_bytes() for name in PICTURES]

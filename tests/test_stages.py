@@ -29,6 +29,9 @@ STAGES = "stages=[transfusion/patches,transfusion/all]"
 KEYS = [STAGES, "checkpoint.save=${run.dir}/checkpoints", "checkpoint.save_interval=1", "train.train_iters=4"]
 
 
+SELDOM = "checkpoint.save_interval=6"
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
@@ -118,7 +121,7 @@ def test_a_stage_that_stops_early_ends_the_chain(shards, tmp_path):
 @pytest.mark.slow
 def test_from_the_command_line_under_a_signal(whole, shards, tmp_path):
     """SIGUSR1 to one of two ranks in the second stage: both save and leave with 0; the same command again finishes."""
-    overrides = overrides_for("transfusion", shards, tmp_path / "run", *KEYS, "train.train_iters=12")
+    overrides = overrides_for("transfusion", shards, tmp_path / "run", *KEYS, "train.train_iters=12", SELDOM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_mm.stages", *overrides]
     metrics = tmp_path / "run/all/metrics.jsonl"

@@ -17,7 +17,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from transformers import SiglipVisionConfig
 
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.data.corrupt import Streams
@@ -38,6 +37,7 @@ from megatron_mm.nn.flow_head import FlowHead, Fusion, SemanticLayers
 from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import TimestepEmbedding, patchify
+from megatron_mm.nn.siglip import siglip
 from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample, Segment
 
 NO_TIME = -1
@@ -148,7 +148,7 @@ class ShowoFlowFront(nn.Module):
     ) -> None:
         super().__init__()
         hidden = config.trunk.hidden_size
-        siglip = SiglipVisionConfig(
+        encoder = siglip().SiglipVisionConfig(
             hidden_size=config.semantic_hidden_size,
             intermediate_size=config.semantic_ffn_size,
             num_hidden_layers=config.semantic_layers,
@@ -156,9 +156,9 @@ class ShowoFlowFront(nn.Module):
             attn_implementation="sdpa",
         )
         self.embedding = ops.vocab_embedding(vocab.size, hidden)
-        self.semantic = SemanticLayers(patch_dim, grid, siglip)
+        self.semantic = SemanticLayers(patch_dim, grid, encoder)
         self.projector = linear(patch_dim, hidden)
-        self.fusion = Fusion(siglip.hidden_size, hidden)
+        self.fusion = Fusion(encoder.hidden_size, hidden)
         self.time = TimestepEmbedding(hidden)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from megatron_mm.nn.images import over_images
 from megatron_mm.nn.init import adopt, linear
 from megatron_mm.nn.patch import TimestepEmbedding
+from megatron_mm.nn.siglip import siglip
 
 
 class SemanticLayers(nn.Module):
-    """Patches [B, S, P] -> what they mean [B, S, W], by SigLIP's layers over each image; zero outside images."""
+    """Patches [B, S, P] -> what they mean [B, S, W], by SigLIP's layers over each image; zero outside images.
 
-    def __init__(self, patch_dim: int, grid: tuple[int, int], config: SiglipVisionConfig) -> None:
+    Args:
+        config: transformers' SiglipVisionConfig.
+    """
+
+    def __init__(self, patch_dim: int, grid: tuple[int, int], config: Any) -> None:
         super().__init__()
         self.width = config.hidden_size
         self.embed = linear(patch_dim, self.width)
         self.position = nn.Parameter(torch.zeros(grid[0] * grid[1], self.width))
-        self.layers = adopt(SiglipEncoder(config))
+        self.layers = adopt(siglip().SiglipEncoder(config))
 
     def forward(self, patches: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return over_images(self._read, [patches], images, self.width, self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from megatron_mm.config.janus import EncoderConfig
 from megatron_mm.nn.images import over_images
 from megatron_mm.nn.init import linear, scale_init
+from megatron_mm.nn.siglip import siglip
 
 _PREFIX = "vision_model."
 """What older SigLIP files put before the names of the vision half."""
@@ -118,8 +118,6 @@ def _copy(key: str, name: str, weight: torch.Tensor, target: torch.Tensor) -> No
 
 def _vision_config(key: str, folder: Path) -> dict[str, Any]:
     """The vision half of config.json, with what transformers leaves out at its defaults."""
-    from transformers import SiglipVisionConfig
-
     try:
         given = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -127,7 +125,8 @@ def _vision_config(key: str, folder: Path) -> dict[str, Any]:
     kind = given.get("model_type")
     if kind not in ("siglip", "siglip_vision_model"):
         raise ValueError(f"{key} is a model of type {kind}, not siglip: give the folder of a SigLIP.")
-    return SiglipVisionConfig(**{n: v for n, v in given.get("vision_config", given).items() if n in _SIZES}).to_dict()
+    sizes = {name: value for name, value in given.get("vision_config", given).items() if name in _SIZES}
+    return siglip().SiglipVisionConfig(**sizes).to_dict()
 
 
 def _check_sizes(key: str, theirs: dict[str, Any], config: EncoderConfig) -> None:
@@ -139,12 +138,9 @@ def _check_sizes(key: str, theirs: dict[str, Any], config: EncoderConfig) -> Non
 
 def _build(config: EncoderConfig) -> nn.Module:
     """A SigLIP vision encoder [N, 3, H, W] -> last_hidden_state [N, h * w, width], with our initialisation."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("The model's vision encoder needs a package: run `pip install transformers`.")
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    encoder = SiglipVisionModel(
-        SiglipVisionConfig(
+    modules = siglip()
+    encoder = modules.SiglipVisionModel(
+        modules.SiglipVisionConfig(
             hidden_size=config.hidden_size,
             intermediate_size=config.ffn_size,
             num_hidden_layers=config.num_layers,

@@ -18,7 +18,7 @@ from megatron_mm.mask import causal
 def test_memory_does_not_grow_with_ranks_and_context(tmp_path):
     """Twice the ranks and the context: a rank's peak grows by less than a tenth, where it would double unspread."""
     out = tmp_path / "memory.csv"
-    for ranks in (2, 4):
+    for ranks in (1, 2):
         arguments = [f"out={out}", "tokens=512", "parallel.context_parallel_comm=ring"]
         command = ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "megatron_mm.benchmark.memory"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -32,7 +32,7 @@ def test_memory_does_not_grow_with_ranks_and_context(tmp_path):
         )
         assert run.returncode == 0, run.stderr
     small, large = list(csv.DictReader(out.open()))
-    assert (small["seq_length"], large["seq_length"]) == ("1024", "2048")
+    assert (small["seq_length"], large["seq_length"]) == ("512", "1024")
     assert float(large["mean_mib"]) < 1.1 * float(small["mean_mib"])
 
 

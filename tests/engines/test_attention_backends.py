@@ -4,7 +4,8 @@ import pytest
 from tiny_runs import FAMILIES, overrides_for, run_training
 
 SHORT = (
-    "train.train_iters=3",
+    "train.train_iters=2",
+    "optim.lr_warmup_iters=0",
     "train.global_batch_size=2",
     "model.trunk.num_layers=2",
     "parallel.recompute_granularity=full",

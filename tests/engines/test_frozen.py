@@ -28,7 +28,8 @@ CASES = {
     "patches": ["optim.trainable=[front.patch_in.*,back.patch_out.*]"],
     "middle": ["optim.trainable=[decoder.layers.1.*]", "optim.frozen=[*norm*]"],
 }
-SHORT = ["train.train_iters=6", "checkpoint.save_interval=1", "checkpoint.save=${run.dir}/checkpoints"]
+SHORT = ["train.train_iters=4"]
+SAVE = ["checkpoint.save_interval=2", "checkpoint.save=${run.dir}/checkpoints"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def baseline(shards, tmp_path_factory):
     def get(case):
         if case not in runs:
             folder = tmp_path_factory.mktemp(case) / "run"
-            runs[case] = folder, run_training(overrides_for("transfusion", shards, folder, *SHORT, *CASES[case]))
+            overrides = overrides_for("transfusion", shards, folder, *SHORT, *SAVE, *CASES[case])
+            runs[case] = folder, run_training(overrides)
         return runs[case]
 
     return get
@@ -47,7 +49,7 @@ def baseline(shards, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_is_named_moves(case, baseline):
     folder, _ = baseline(case)
-    first, last = saved_weights(folder, 1), saved_weights(folder, 6)
+    first, last = saved_weights(folder, 2), saved_weights(folder, 4)
     moved = {name for name in first if (first[name] != last[name]).any()}
     layer = {name for name in first if name.startswith("decoder.layers.")}
     early = {name for name in layer if name.startswith(("decoder.layers.0.", "decoder.layers.1."))}
@@ -68,7 +70,7 @@ def test_only_what_is_named_moves(case, baseline):
 def test_every_layout_gives_the_same_curve(layout, case, shards, tmp_path, baseline):
     ranks, overrides = LAYOUTS[layout]
     _, expected = baseline(case)
-    steps = run_training(overrides_for("transfusion", shards, tmp_path, *SHORT[:1], *CASES[case], *overrides), ranks)
+    steps = run_training(overrides_for("transfusion", shards, tmp_path, *SHORT, *CASES[case], *overrides), ranks)
     for ours, theirs in zip(steps, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -83,9 +85,9 @@ def test_every_layout_gives_the_same_curve(layout, case, shards, tmp_path, basel
 )
 def test_resume(first, then, case, shards, tmp_path, baseline):
     def train(*overrides):
-        run_training(overrides_for("transfusion", shards, tmp_path / "run", *SHORT, *CASES[case], *overrides), 2)
+        run_training(overrides_for("transfusion", shards, tmp_path / "run", *SHORT, *SAVE, *CASES[case], *overrides), 2)
 
-    train(*first, "train.exit_interval=3")
+    train(*first, "train.exit_interval=2")
     train(*then, "run.if_exists=resume")
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["loss"] for row in rows] == pytest.approx([s["loss"] for s in baseline(case)[1]], rel=1e-5)
@@ -95,12 +97,19 @@ def test_resume(first, then, case, shards, tmp_path, baseline):
 @pytest.mark.parametrize("optimizer", ["distributed", "plain"])
 def test_resume_in_bf16_where_a_stage_trains_nothing(optimizer, shards, tmp_path):
     """Master weights are stored beside the weights, by group; the first stage's groups are empty."""
-    keys = [*SHORT, *CASES["late_layers"], "train.precision=bf16", PP, *([PLAIN] if optimizer == "plain" else [])]
+    keys = [
+        *SHORT,
+        *SAVE,
+        *CASES["late_layers"],
+        "train.precision=bf16",
+        PP,
+        *([PLAIN] if optimizer == "plain" else []),
+    ]
     expected = run_training(overrides_for("transfusion", shards, tmp_path / "whole", *keys), 2)
     run = overrides_for("transfusion", shards, tmp_path / "run", *keys)
-    run_training([*run, "train.exit_interval=3"], 2)
+    run_training([*run, "train.exit_interval=2"], 2)
     steps = run_training([*run, "run.if_exists=resume"], 2)
-    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected[3:]], rel=1e-6)
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in expected[2:]], rel=1e-6)
 
 
 def test_a_pattern_without_a_parameter_is_named_before_there_is_a_run(shards, tmp_path):

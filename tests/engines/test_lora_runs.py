@@ -23,7 +23,7 @@ LORA = [
     "lora.dropout=0.2",
     "lora.targets=[decoder.layers.*.mlp.*,'decoder.layers.[13].self_attention.*',front.patch_*,back.patch_*]",
     "lora.also_train=[front.embedding.*]",
-    "train.train_iters=6",
+    "train.train_iters=5",
     "optim.lr=1e-2",
 ]
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
@@ -60,11 +60,10 @@ EP2 = "parallel.expert_model_parallel_size=2"
     [[EP2, TP, SP], pytest.param([TP, SP], marks=pytest.mark.slow), pytest.param([EP2], marks=pytest.mark.slow)],
     ids=["ep2_in_tp2", "tp2", "ep2"],
 )
-def test_adapters_of_experts(overrides, shards, tmp_path):
+def test_adapters_of_experts(overrides, shards, tmp_path, one_process):
     run = [*LORA, *FP64, *EXPERTS]
-    expected = run_training(overrides_for("transfusion_experts", shards, tmp_path / "one", *run))
-    steps = run_training(overrides_for("transfusion_experts", shards, tmp_path / "cut", *run, *overrides), 2)
-    assert_same_curve(steps, expected, 1e-9, 1e-9)
+    steps = run_training(overrides_for("transfusion_experts", shards, tmp_path, *run, *overrides), 2)
+    assert_same_curve(steps, one_process("transfusion_experts", *run), 1e-9, 1e-9)
 
 
 def test_the_curve_depends_on_the_adapters_dropout(shards, tmp_path, baseline):
