@@ -1,8 +1,10 @@
 # From a clone: `make train` trains, samples and sums up the demo; `make test` runs the whole suite.
 #   make train RESUME=1   continue the run in runs/demo      make train FRESH=1   start over, the old run moved aside
+#   make train EXPERIMENT=demo_janus                         another family, in runs/demo_janus
 #   make train ARGS="train.train_iters=200 optim.lr=5e-4"    any other key of the configuration
 
 TORCH ?= torch==2.13.0
+EXPERIMENT ?= demo
 ARGS ?=
 WORKERS ?= 2
 VENV := .venv
@@ -20,14 +22,14 @@ IF_EXISTS := $(if $(RESUME),resume,$(if $(FRESH),restart,error))
 .PHONY: help train data test test-fast lint format check clean
 
 help:
-	@sed -n '1,3s/^# *//p' Makefile; echo "Also: make data test test-fast lint format check clean"
+	@sed -n '1,4s/^# *//p' Makefile; echo "Also: make data test test-fast lint format check clean"
 
 train: $(BIN)/.demo data
-	@if [ $(IF_EXISTS) = error ] && [ -e runs/demo ]; then \
-	  echo "error: runs/demo already holds a run: make train RESUME=1 continues it, make train FRESH=1 starts over." >&2; exit 2; fi
+	@if [ $(IF_EXISTS) = error ] && [ -e runs/$(EXPERIMENT) ]; then echo "error: runs/$(EXPERIMENT) already holds a run:" \
+	  "RESUME=1 continues it, FRESH=1 starts over." >&2; exit 2; fi
 	nproc=$${NPROC:-$$($(BIN)/python -c '$(RANKS)')}; $(BIN)/torchrun --standalone --nproc-per-node $$nproc \
-	  -m megatron_mm.train experiment=demo train.micro_batch_size=$$((8 / nproc)) run.if_exists=$(IF_EXISTS) $(ARGS)
-	$(BIN)/python -m megatron_mm.demo run=runs/demo
+	  -m megatron_mm.train experiment=$(EXPERIMENT) train.micro_batch_size=$$((8 / nproc)) run.if_exists=$(IF_EXISTS) $(ARGS)
+	$(BIN)/python -m megatron_mm.demo run=runs/$(EXPERIMENT)
 
 data: data/mnist/dataset.json
 
@@ -66,7 +68,7 @@ $(BIN)/.torch: | $(BIN)/python
 	touch $@
 
 $(BIN)/.demo: pyproject.toml | $(BIN)/.torch
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,hf]"
 	touch $@
 
 $(BIN)/.dev: pyproject.toml | $(BIN)/.torch

@@ -124,7 +124,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
             steps.append(metrics)
             if writer:
                 seconds = time.perf_counter() - began
-                writer.write(_row(config, family, layout, device, iteration, step, metrics, seconds), 1000 * seconds)
+                writer.write(_row(engine, iteration, step, metrics, seconds), 1000 * seconds)
             stopping = agree(stop.received, device)
             if config.checkpoint.save and (stopping or iteration % config.checkpoint.save_interval == 0):
                 checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
@@ -159,12 +159,14 @@ def _sources(data: DataConfig) -> str:
     return f"{', '.join(shares)} of {data.blend_by}" if shares else str(data.path)
 
 
-def _row(config, family, layout, device, iteration: int, step: Step, metrics: StepMetrics, seconds: float) -> dict:
+def _row(engine: MegatronEngine, iteration: int, step: Step, metrics: StepMetrics, seconds: float) -> dict:
     """The iteration's line of metrics.jsonl."""
-    mfu, peak = None, peak_flops(device)
+    world_size, family = engine.layout.world_size, engine.family
+    mfu, peak = None, peak_flops(engine.device)
     if peak and metrics.pairs is not None:
-        flops = trunk_flops(family.trunk, family.vocab.size, metrics.tokens, metrics.pairs)
-        mfu = flops / seconds / layout.world_size / peak
+        trained, of = engine.trained_of
+        flops = trunk_flops(family.trunk, family.vocab.size, metrics.tokens, metrics.pairs, trained / of)
+        mfu = flops / seconds / world_size / peak
     return {
         "iteration": iteration,
         "consumed_samples": step.state.consumed_samples,
@@ -176,7 +178,7 @@ def _row(config, family, layout, device, iteration: int, step: Step, metrics: St
         "grad_norm": metrics.grad_norm,
         "learning_rate": metrics.learning_rate,
         "iteration_seconds": seconds,
-        "tokens_per_second_per_gpu": metrics.tokens / seconds / layout.world_size,
+        "tokens_per_second_per_gpu": metrics.tokens / seconds / world_size,
         "mfu": mfu,
         "skipped": int(metrics.skipped),
     }

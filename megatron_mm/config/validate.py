@@ -26,15 +26,18 @@ SHARES = {"adam_beta1", "adam_beta2", "dropout", "hidden_dropout", "rotary_perce
 """Numbers between 0 and 1; all others are 0 or more."""
 
 
-def validate(config: Config, world_size: int) -> None:
+def validate(config: Config, world_size: int, training: bool = True) -> None:
     """Refuse a configuration that cannot run on `world_size` ranks, naming its first mistake.
+
+    Args:
+        training: False for a model to sample from.
 
     Raises:
         ConfigError: a value out of range or not among its field's choices, or keys that contradict each other.
     """
     for problem in out_of_range(config):
         raise ConfigError(problem)
-    for wrong, problem in _contradictions(config, world_size):
+    for wrong, problem in _contradictions(config, world_size, training):
         if wrong:
             raise ConfigError(problem)
 
@@ -66,7 +69,7 @@ def _expected(field: Field, value: Any) -> str | None:
     return None
 
 
-def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+def _contradictions(config: Config, world_size: int, training: bool) -> Iterator[tuple[bool, str]]:
     """(is it wrong, the sentence). Lazily, so that a later line may rely on what an earlier one refused."""
     parallel, train, optim, data, trunk = config.parallel, config.train, config.optim, config.data, config.model.trunk
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -96,7 +99,7 @@ def _contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str
         f"{cut_over} needs a multiple of {model_ranks} processes, but the world size is {world_size}; start "
         f"more processes (torchrun --nproc-per-node) or lower one of them.",
     )
-    yield from _expert_contradictions(config, world_size)
+    yield from _expert_contradictions(config, world_size, training)
     dp = world_size // model_ranks
     rows = train.micro_batch_size * dp
     yield (
@@ -261,7 +264,7 @@ def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bool, str]]:
+def _expert_contradictions(config: Config, world_size: int, training: bool) -> Iterator[tuple[bool, str]]:
     trunk, parallel = config.model.trunk, config.parallel
     ep, experts = parallel.expert_model_parallel_size, trunk.num_experts
     ep_key = f"parallel.expert_model_parallel_size={ep}"
@@ -284,7 +287,7 @@ def _expert_contradictions(config: Config, world_size: int) -> Iterator[tuple[bo
     )
     tp = parallel.tensor_model_parallel_size
     yield (
-        tp > 1 and not parallel.sequence_parallel,
+        training and tp > 1 and not parallel.sequence_parallel,
         f"model.trunk.num_experts={experts} with parallel.tensor_model_parallel_size={tp} needs "
         "parallel.sequence_parallel=true, or each tensor rank would route every token; set it.",
     )

@@ -1,7 +1,7 @@
 """Model FLOPs utilisation by the mask's true area, so that skipped work never inflates the figure.
 
 Forward: 2 per weight and token in the matrix products (of the experts that a token uses), 4 * head_dim * heads per
-allowed query-key pair; backward twice the former and 2.5 times the latter.
+allowed query-key pair; backward twice the former (once where the weight is frozen) and 2.5 times the latter.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in DENSE_BF16_PEAKS.items() if part in name), None)
 
 
-def trunk_flops(trunk: TrunkConfig, vocab_size: int, tokens: int, pairs: int) -> float:
-    """FLOPs of forward and backward of `tokens` tokens with `pairs` allowed query-key pairs, trunk and head."""
+def trunk_flops(trunk: TrunkConfig, vocab_size: int, tokens: int, pairs: int, trained: float = 1.0) -> float:
+    """FLOPs of forward and backward of `tokens` tokens with `pairs` allowed query-key pairs, trunk and head.
+
+    Args:
+        trained: the share of the weights that have gradients.
+    """
     weights = trunk.active_weights + trunk.hidden_size * vocab_size
     scores = 4 * trunk.head_dim * trunk.num_attention_heads * trunk.num_layers
-    return 6 * weights * tokens + 3.5 * scores * pairs
+    return (4 + 2 * trained) * weights * tokens + 3.5 * scores * pairs

@@ -61,7 +61,7 @@ class SamplingModel:
             raise CheckpointError(f"{path} does not hold its configuration: use one that megatron_mm.train wrote.")
         config = from_dict_config(OmegaConf.create(common["config"]))
         config = replace(config, parallel=replace(parallel or ParallelConfig(), use_distributed_optimizer=False))
-        validate(config, config.parallel.model_parallel_size)
+        validate(config, config.parallel.model_parallel_size, training=False)
         device = device or pick_device()
         with model_ranks(config.parallel, device):
             model = cls.build(config, device)

@@ -15,6 +15,7 @@ def test_multi_head_attention():
     pair = 2 * 2 * (8 + 8)
     assert trunk_flops(trunk, vocab_size=10, tokens=1, pairs=0) == 3 * 2 * weights
     assert trunk_flops(trunk, vocab_size=10, tokens=0, pairs=1) == 3.5 * pair
+    assert trunk_flops(trunk, vocab_size=10, tokens=1, pairs=0, trained=0.25) == 4.5 * weights
     assert trunk_flops(trunk, vocab_size=10, tokens=5, pairs=15) == 5 * 6 * weights + 15 * 3.5 * pair
 
 

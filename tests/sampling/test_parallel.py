@@ -40,7 +40,8 @@ def sample(init_kwargs, folder, parallel):
     settings = SamplingConfig(steps=3, max_new_tokens=8, num_samples=2, cfg_scale=2.0)
     with process_groups(parallel, 0, CPU, **init_kwargs), SamplingModel.load(folder, CPU, parallel) as model:
         codes, rng = model.codec.codes, np.random.default_rng(0)
-        image = ImageSegment(rng.integers(0, 16, (4, 4)) if codes else rng.random((1, 8, 8), np.float32))
+        pixels = rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.pixels else None
+        image = ImageSegment(rng.integers(0, 16, (4, 4)) if codes else rng.random((1, 8, 8), np.float32), pixels)
         text = TextSegment(np.array([70, 80]))
         prompts = {"text_to_image": [[text], []], "image_to_text": [[image, text]], "interleaved": [[text]]}
         modes = SAMPLERS[model.family.name].modes
@@ -51,7 +52,7 @@ def sample(init_kwargs, folder, parallel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "unimoe", "transfusion_experts"])
 def test_ranks_change_nothing(family, folder, tmp_path):
     config = config_for(family, folder, *FP64)
     run_ranks(save, 1, config, tmp_path)
