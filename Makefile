@@ -68,7 +68,7 @@ $(BIN)/.torch: | $(BIN)/python
 	touch $@
 
 $(BIN)/.demo: pyproject.toml | $(BIN)/.torch
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,hf]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo]"
 	touch $@
 
 $(BIN)/.dev: pyproject.toml | $(BIN)/.torch
