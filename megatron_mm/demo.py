@@ -48,8 +48,9 @@ class DemoConfig:
     """Held-out images to generate captions for."""
     start: str = "three"
     """Text that the interleaved document starts with."""
-    cfg_scale: float | None = 5.0
-    """Guidance of the images: the larger of the two values that Transfusion's paper uses. null: generate's default."""
+    cfg_scale: float | None = None
+    """Guidance of the images. null: 5 for latents, the larger of the two values that Transfusion's paper uses; 3 for
+    codes, which more makes coarse and alike."""
     steps: int = 25
     """Denoising steps of an image (diffusion families)."""
     classifier_images: int = 8000
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str]) -> None:
         classifier = train_classifier(images_of(real), labels_of(real), config.seed)
         began = time.perf_counter()
         status.update("drawing images")
-        settings = SamplingConfig(seed=config.seed, cfg_scale=config.cfg_scale, steps=config.steps, batch_size=100)
+        scale = config.cfg_scale if config.cfg_scale is not None else 3.0 if model.codec.codes else 5.0
+        settings = SamplingConfig(seed=config.seed, cfg_scale=scale, steps=config.steps, batch_size=100)
         modes = SAMPLERS[model.family.name].modes
         wanted = of_each_class(held_out, config.images_per_class) if "text_to_image" in modes else []
         drawn = draw_images(model, wanted, classifier, settings)
