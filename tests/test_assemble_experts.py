@@ -13,6 +13,8 @@ from megatron_mm.engines.whole_weights import load_whole_weights
 from megatron_mm.nn.lora import merge
 from megatron_mm.parallel.distributed import single_process
 
+pytestmark = pytest.mark.slow
+
 MLP = replace(LORA, lora=replace(LORA.lora, targets=("decoder.layers.*.mlp.*",)))
 
 

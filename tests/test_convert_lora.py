@@ -22,6 +22,8 @@ from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MODEL = ChameleonConfig(
     trunk=TrunkConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, qk_layernorm=True),

@@ -73,6 +73,7 @@ def losses(run_dir: Path, stage: str) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_the_second_stage_starts_from_the_weights_of_the_first(whole):
     """Warmup starts at a learning rate of 0, so each stage's first iteration moves nothing."""
     start, first = (saved_weights(whole / "patches", iteration) for iteration in (1, 4))
@@ -110,6 +111,7 @@ def test_stages_may_have_their_own_layouts(whole, shards, tmp_path):
         assert losses(tmp_path / "run", stage) == pytest.approx(losses(whole, stage), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stage_that_stops_early_ends_the_chain(shards, tmp_path):
     overrides = overrides_for("transfusion", shards, tmp_path / "run", *KEYS)
     (steps,) = run_chain([*overrides, "train.exit_interval=2"])

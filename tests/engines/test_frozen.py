@@ -46,6 +46,7 @@ def baseline(shards, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_is_named_moves(case, baseline):
     folder, _ = baseline(case)

@@ -66,7 +66,7 @@ def cases(layouts, of_each):
     found = []
     for family in FAMILIES:
         for name in layouts if family in THOROUGH else of_each:
-            fast = name in FAST if family in THOROUGH else name == "tp2_sp"
+            fast = family in THOROUGH and name in FAST
             found.append(pytest.param(name, family, marks=() if fast else pytest.mark.slow))
     return found
 
@@ -125,7 +125,8 @@ def test_unet_patches(name, shards, tmp_path, baseline):
     assert_same_curve(steps, baseline("transfusion_unet", "fp32"), 1e-5, 1e-4, iterations)
 
 
-@pytest.mark.parametrize("family", [pytest.param("transfusion_phi", marks=pytest.mark.slow), "chameleon_phi"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["transfusion_phi", "chameleon_phi"])
 @pytest.mark.parametrize(
     ("name", "precision"),
     [(name, "fp64") for name in ("tp2_sp", "pp2_interleaved", "cp2_ring", "recompute_full", "feed_forward_blocks")]

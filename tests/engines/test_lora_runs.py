@@ -55,9 +55,10 @@ EXPERTS = ["lora.targets=[decoder.layers.*]", "lora.also_train=[decoder.layers.*
 EP2 = "parallel.expert_model_parallel_size=2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [[EP2, TP, SP], pytest.param([TP, SP], marks=pytest.mark.slow), pytest.param([EP2], marks=pytest.mark.slow)],
+    [[EP2, TP, SP], [TP, SP], [EP2]],
     ids=["ep2_in_tp2", "tp2", "ep2"],
 )
 def test_adapters_of_experts(overrides, shards, tmp_path, one_process):

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from tiny_runs import overrides_for
 
 
+@pytest.mark.slow
 def test_the_log_says_once_what_computes(shards, tmp_path):
     overrides = overrides_for("transfusion", shards, tmp_path / "run", "train.train_iters=3", "logging.log_interval=1")
     command = [sys.executable, "-m", "megatron_mm.train", *overrides]

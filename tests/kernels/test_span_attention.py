@@ -79,6 +79,7 @@ def test_named_masks(name, dtype):
     assert_as_exact_as_torch(Case(NAMED[name], heads=(2, 1), width=32), dtype)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(packs(), st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([16, 24]))
 def test_random_packs(mask, heads, width):

@@ -19,6 +19,8 @@ from megatron_mm.sampling.text import Next, choose, grammar
 from megatron_mm.types import ImageSegment, Sample, TextSegment
 
 FAMILIES = ("transfusion", "transfusion_unet", "chameleon", "janus", "showo", "mmada", "showo_flow")
+FAST = ("transfusion", "chameleon")
+"""Of the fast subset."""
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 WILD = SamplingConfig(steps=3, temperature=20.0, top_p=1.0, max_new_tokens=60, cfg_scale=1.0)
 """Nearly uniform over what is allowed, so that images begin by themselves."""
@@ -69,7 +71,14 @@ def batched_and_single(model, mode):
     return [plain(run) for run in runs]
 
 
-@pytest.mark.parametrize(("family", "mode"), [(f, m) for f in FAMILIES for m in SAMPLERS[f.partition("_")[0]].modes])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        pytest.param(family, mode, marks=() if family in FAST else pytest.mark.slow)
+        for family in FAMILIES
+        for mode in SAMPLERS[family.partition("_")[0]].modes
+    ],
+)
 def test_batch_changes_nothing_and_seed_everything(family, mode, folder):
     together, alone, fewer, reseeded = with_model(batched_and_single, config_for(family, folder), mode)
     assert len(together) == 10

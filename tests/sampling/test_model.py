@@ -44,6 +44,7 @@ def load_twice(_init_kwargs, config, folder):
         return differing, [len(d) for d in generate(again, [[]], "text_to_image", settings)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["transfusion_unet", "chameleon", "janus"])
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_loads_from_any_layout(family, layout, folder, tmp_path):
