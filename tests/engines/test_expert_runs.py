@@ -72,11 +72,8 @@ def test_experts_with_biases(name, shards, tmp_path, one_process):
     assert_same_curve(steps, one_process("transfusion_experts", *run), 1e-9, 1e-9)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == "ep2_in_tp2" else pytest.mark.slow)
-     for n in ("ep2_in_tp2", "ep2_in_cp2", "ep2_pp2_interleaved", "micro_batch_2")],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ep2_in_tp2", "ep2_in_cp2", "ep2_pp2_interleaved", "micro_batch_2"])
 def test_unimoe(name, shards, tmp_path, one_process):
     """Its encoder reads whole images, wherever their positions are."""
     world_size, overrides = LAYOUTS[name]

@@ -21,7 +21,6 @@ LAYOUTS = {
     "cp2": (2, ["parallel.context_parallel_size=2"]),
     "tp2_pp2": (4, [TP, PP]),
 }
-FAST = ("tp2_sp", "pp2")
 CASES = {
     # Under PP 2 and with two chunks a stage the first chunk trains nothing at all.
     "late_layers": ["optim.frozen=[front.*,'decoder.layers.[01].*']", "optim.lr_multipliers={decoder.*: 0.5}"],
@@ -66,8 +65,9 @@ def test_only_what_is_named_moves(case, baseline):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("layout", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAYOUTS])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_curve(layout, case, shards, tmp_path, baseline):
     ranks, overrides = LAYOUTS[layout]
     _, expected = baseline(case)

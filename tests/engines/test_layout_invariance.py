@@ -43,7 +43,7 @@ LAYOUTS = {
     "cp2_tp2_sp_feed_forward_blocks": (4, [CP, TP, SP, "parallel.feed_forward_block=20"]),
     "one_worker": (1, ["data.num_workers=1", "data.prefetch=0"]),
 }
-FAST = ("tp2_sp", "pp2_interleaved", "dp2", "cp2_ring")
+FAST = ("tp2", "pp2_interleaved", "cp2_ring")
 """Layouts of the fast subset; the others only run in the whole suite."""
 THOROUGH = ("transfusion", "chameleon")
 """Families that run under every layout: between them they have a bidirectional and a causal mask, codes and patches."""
@@ -166,6 +166,7 @@ def test_the_curve_depends_on_what_it_should(family, shards, tmp_path, baseline)
     assert expected[-1]["loss"] < 0.95 * expected[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), cases(("one_worker", "cp2_ring"), ()))
 def test_bf16_stays_beside_fp32(name, family, shards, tmp_path, baseline):
     """bf16 keeps 8 bits: a step's loss may differ by a few times 2**-8."""

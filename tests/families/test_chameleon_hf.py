@@ -154,6 +154,7 @@ def check_close(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
     assert error < 1e-5, f"{name} is off by {error:.1e} of the largest value"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],

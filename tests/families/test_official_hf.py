@@ -166,6 +166,7 @@ def run_ours(init, checkpoint: Path, parallel: dict) -> torch.Tensor:
         return from_last_stage(stage, lambda back: back.ops.gather_logits(back.logits(hidden)))
 
 
+@pytest.mark.slow
 @LAYOUTS
 def test_logits_are_transformers(oracle, parallel):
     _, folder, expected = oracle

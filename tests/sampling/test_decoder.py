@@ -100,7 +100,9 @@ def stage_without_cache(model, decoder, batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp64", 1e-12)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [pytest.param("fp32", 1e-5, marks=pytest.mark.slow), ("fp64", 1e-12)]
+)
 def test_by_piece_equals_at_once(family, precision, tolerance, folder):
     extra = FP64 if precision == "fp64" else []
     pairs = with_model(read_both_ways, config_for(family, folder, *extra))
