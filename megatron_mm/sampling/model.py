@@ -87,8 +87,3 @@ class SamplingModel:
     def read_image(self, picture: Image.Image) -> ImageSegment:
         """A picture as the model reads it."""
         return read_image(picture, self.codec, self.family.pixels)
-
-    @property
-    def sees_images_alone(self) -> bool:
-        """Whether training left out captions, so that classifier-free guidance has something to lead away from."""
-        return self.config.model.condition_dropout > 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_mm.data.image_codec import PatchVQCodec
 from megatron_mm.data.shards import Record
@@ -22,6 +24,13 @@ class Source:
     splits: Mapping[str, Iterable[Record]]
     codebook: PatchVQCodec | None = None
     vae: VAECodec | None = None
+
+
+def add_own_data_arguments(parser: argparse.ArgumentParser, src: str, items: str) -> None:
+    """Those of a user's own data: `src` says what --src is, `items` what the splits hold."""
+    parser.add_argument("--src", type=Path, required=True, help=src)
+    parser.add_argument("--held-out", type=float, default=0.02, help=f"share of {items} in the val split")
+    parser.add_argument("--licence", default="unknown", help="written into dataset.json")
 
 
 def is_held_out(key: str, share: float) -> bool:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from megatron_mm.data.index import IMAGE_SUFFIXES
 from megatron_mm.data.shards import Record
-from megatron_mm.data.sources.base import Source, is_held_out
+from megatron_mm.data.sources.base import Source, add_own_data_arguments, is_held_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--src", type=Path, required=True, help="folder of pictures and captions")
-    parser.add_argument("--held-out", type=float, default=0.02, help="share of pictures in the val split")
-    parser.add_argument("--licence", default="unknown", help="written into dataset.json")
+    add_own_data_arguments(parser, "folder of pictures and captions", "pictures")
 
 
 def load(args: argparse.Namespace) -> Source:

@@ -15,17 +15,15 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from megatron_mm.data.shards import Record
-from megatron_mm.data.sources.base import Source, is_held_out
+from megatron_mm.data.sources.base import Source, add_own_data_arguments, is_held_out
 
 UNREAD = {"script", "style", "nav", "head", "header", "footer"}
 BLOCKS = {"p", "div", "li", "dt", "dd", "tr", "br", "pre", "h1", "h2", "h3", "h4"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--src", type=Path, required=True, help="folder of pages and pictures")
+    add_own_data_arguments(parser, "folder of pages and pictures", "pages")
     parser.add_argument("--least-side", type=int, default=64, help="smaller pictures (icons) are left out; pixels")
-    parser.add_argument("--held-out", type=float, default=0.02, help="share of pages in the val split")
-    parser.add_argument("--licence", default="unknown", help="written into dataset.json")
 
 
 def load(args: argparse.Namespace) -> Source:

@@ -20,13 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_mm.data.shards import Record
-from megatron_mm.data.sources.base import Source, is_held_out
+from megatron_mm.data.sources.base import Source, add_own_data_arguments, is_held_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--src", type=Path, required=True, help="file of JSON lines")
-    parser.add_argument("--held-out", type=float, default=0.02, help="share of questions in the val split")
-    parser.add_argument("--licence", default="unknown", help="written into dataset.json")
+    add_own_data_arguments(parser, "file of JSON lines", "questions")
 
 
 def load(args: argparse.Namespace) -> Source:
