@@ -147,7 +147,7 @@ class MegatronEngine:
 
     def prepare(self, batch: PackedBatch) -> MicroBatch:
         """What the host has to do for a micro-batch before its step; may run in a thread."""
-        pairs = sum(area(row) for row in batch.mask.numpy()) if self.device.type == "cuda" else 0
+        pairs = sum(area(row) for row in batch.mask.numpy()) if self.device.type != "cpu" else 0
         return MicroBatch(self.context.part(batch), self.family.counts(batch), batch.real_tokens, pairs)
 
     def step(self, batches: list[MicroBatch]) -> StepMetrics:
@@ -215,7 +215,7 @@ class MegatronEngine:
         total = torch.tensor(rows, device=self.device).sum(0)
         dist.all_reduce(total, group=mpu.get_data_parallel_group())
         *sums, tokens, pairs = total.tolist()
-        return dict(zip(names, sums, strict=True)), tokens, pairs if self.device.type == "cuda" else None
+        return dict(zip(names, sums, strict=True)), tokens, pairs if self.device.type != "cpu" else None
 
     def _global_means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
         if not self.layout.reports_losses:

@@ -34,7 +34,7 @@ def select(
         ValueError: the named backend cannot run here.
     """
     if name == "auto":
-        if device.type != "cuda":
+        if device.type == "cpu":
             return "reference", "CPU: plain torch over the mask's intervals"
         problem = _obstacle("span", device, dtype, causal, head_dim)
         if problem is None and dtype in HALF:
@@ -53,7 +53,7 @@ def select(
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, causal: bool, head_dim: int) -> str | None:
     """Why the backend cannot run here, if it cannot."""
-    cuda = device.type == "cuda"
+    cuda = device.type != "cpu"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     conditions = {
         "span": [

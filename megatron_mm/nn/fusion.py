@@ -36,7 +36,7 @@ def select(config: FusionConfig, device: torch.device) -> tuple[FusionConfig, st
             raise ValueError(
                 "fusion.rms_norm=liger needs the liger-kernel package: pip install megatron_mm[liger], or use torch."
             )
-        if device.type != "cuda":
+        if device.type == "cpu":
             raise ValueError("fusion.rms_norm=liger cannot run: it needs CUDA. Use fusion.rms_norm=torch.")
     chains = "compiled" if compiled else f"eager ({obstacle or 'asked for'})"
     line = f"RoPE, activations, head norms and dropout {chains}; norms by {config.rms_norm}"
@@ -45,7 +45,7 @@ def select(config: FusionConfig, device: torch.device) -> tuple[FusionConfig, st
 
 def _no_compiler(device: torch.device) -> str | None:
     """Why torch.compile is of no use here, if it is not."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "torch.compile gains nothing on a CPU"
     return "TORCHDYNAMO_DISABLE=1 is set" if os.environ.get("TORCHDYNAMO_DISABLE") == "1" else None
 

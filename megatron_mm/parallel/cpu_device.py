@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 def enable(device: torch.device) -> None:
     """Make megatron-core usable on `device`; does nothing for CUDA, and nothing the second time."""
-    if device.type == "cuda" or tp_random._set_cuda_rng_state is _set_rng_state:
+    if device.type != "cpu" or tp_random._set_cuda_rng_state is _set_rng_state:
         return
     # Its jit fusers cost 17 s of cold compilation on a CPU and gain nothing there.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -3,6 +3,10 @@
 Prints what a run will need, from its configuration alone: parameters and memory of a GPU part by part, and for each
 named mask of packed rows how balanced the context-parallel parts are, what they send, and how long a step takes by
 prediction. Further keys are those of the run. Rates and links are keys too; the defaults are an H100's, assumed.
+
+`rehearse=true` runs the step itself on the meta device, as a rank of the first, a middle and the last pipeline stage
+(`rank=N`: as that one), and counts: memory, kernels, bytes, messages, host synchronisations, and a time by roofline.
+`search=true` rehearses the most promising layouts (`trials=N` of them) and ranks those that fit.
 """
 
 from __future__ import annotations
@@ -20,31 +24,33 @@ from megatron_mm.config.arguments import parse_own
 from megatron_mm.config.cli import user_errors
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.config.validate import validate
+from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
+from megatron_mm.nn.attention import TRITON
 from megatron_mm.parallel.context.predict import Hardware
 from megatron_mm.parallel.sizes import ParameterCounts, count_parameters
 from megatron_mm.plan.memory import Memory, estimate
 from megatron_mm.plan.time import StepTime, step_time
+from megatron_mm.rehearsal.clock import Rates
 from megatron_mm.report.mfu import DENSE_BF16_PEAKS, trunk_flops
 
 PEAK = DENSE_BF16_PEAKS["H100"]
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Rates):
     world_size: int = 256
     """GPUs of the run."""
     masks: str = "interleaved,docs,causal"
     """Named masks (`mm_kernels.span_attention.benchmark.distributions`), with commas."""
     text_vocab_size: int = 32000
     gpu_gigabytes: float = 80.0
-    node_size: int = 8
-    product_tflops: float = 600.0
-    """Of matrix products on one GPU."""
-    attention_tflops: float = Hardware.tflops
-    node_gigabytes: float = Hardware.node_gigabytes
-    """A second and direction between GPUs of a node."""
-    network_gigabytes: float = Hardware.network_gigabytes
+    rehearse: bool = False
+    rank: int | None = None
+    """The rank to rehearse; null: the first of some pipeline stages."""
+    search: bool = False
+    trials: int = 8
+    """Layouts that `search` rehearses."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,7 +60,14 @@ def main(arguments: Sequence[str]) -> None:
     names = plan.masks.split(",")
     if unknown := next((name for name in names if name not in DISTRIBUTIONS), None):
         raise ConfigError(f"masks={unknown} is unknown; masks: {', '.join(DISTRIBUTIONS)}.")
+    if plan.rank is not None and not 0 <= plan.rank < plan.world_size:
+        raise ConfigError(
+            f"rank={plan.rank} is not one of the {plan.world_size} ranks: give 0 to {plan.world_size - 1}."
+        )
     family = build_family(config.model, plan.text_vocab_size)
+    if plan.rehearse or plan.search:
+        rehearsed(plan, config, family)
+        return
     vocab_size, counts = family.vocab.size, count_parameters(config, family)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{config.run.name}: {counts.total / 1e9:.2f}B weights, {_layout(config, plan.world_size)}")
@@ -74,6 +87,33 @@ def main(arguments: Sequence[str]) -> None:
         "the optimizer.",
         markup=False,
     )
+
+
+def rehearsed(plan: PlanConfig, config: Config, family: Family) -> None:
+    """Prints what rehearsals say.
+
+    Raises:
+        ConfigError: the kernels cannot be read, since Triton is not installed.
+    """
+    if not TRITON:
+        raise ConfigError("rehearse=true and search=true read our Triton kernels: pip install triton.")
+    from megatron_mm.rehearsal import report, search, stages, step  # only where Triton is installed
+
+    console = Console(soft_wrap=True, highlight=False)
+    if plan.search:
+        found = search.search(
+            config, family, plan.world_size, plan, plan.gpu_gigabytes, plan.trials, plan.text_vocab_size
+        )
+        console.print(report.search_table(found, plan.gpu_gigabytes))
+        return
+    ranks = stages.stage_ranks(config, plan.world_size)
+    if plan.rank is not None:
+        ranks = {f"rank {plan.rank}": plan.rank}
+    rehearsals = stages.rehearse_ranks(config, plan.world_size, ranks, plan, plan.text_vocab_size)
+    console.print(f"{config.run.name}: {_layout(config, plan.world_size)}")
+    times = step.step_time(config, family, list(rehearsals.values()), plan)
+    for table in report.tables(rehearsals, times, plan.gpu_gigabytes):
+        console.print(table)
 
 
 def _layout(config: Config, world_size: int) -> str:

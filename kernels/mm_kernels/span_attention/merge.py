@@ -17,7 +17,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
         out: [B, S, H, D] and lse [B, H, S], in fp32 or fp64; any strides.
         new_out: [B, S, H, D] in any float dtype; new_lse [B, H, S]. A query without a key has 0 and -inf.
     """
-    if out.is_cuda and merge_fused is not None:
+    if out.device.type != "cpu" and merge_fused is not None:
         merge_fused.merge_(out, lse, new_out, new_lse)
     else:
         merge_reference_(out, lse, new_out, new_lse)

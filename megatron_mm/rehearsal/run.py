@@ -1,0 +1,131 @@
+"""Rehearses one optimizer step of one rank: the engine's own, on the meta device, in process groups of nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import megatron_mm.engines.megatron as engine_module
+from megatron_mm.benchmark.synthetic import synthetic_steps
+from megatron_mm.config.compose import Config
+from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.families.base import Family
+from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.distributed import process_groups
+from megatron_mm.parallel.layout import Layout
+from megatron_mm.parallel.optimizer import clip_and_step
+from megatron_mm.rehearsal.clock import Clock, Rates
+from megatron_mm.rehearsal.cuda_only import cuda_functions
+from megatron_mm.rehearsal.fused import counted_chains
+from megatron_mm.rehearsal.group import BACKEND, create
+from megatron_mm.rehearsal.kernels import counted_kernels
+from megatron_mm.rehearsal.memory import Peak
+from megatron_mm.rehearsal.meta import META, in_place_of_cuda
+from megatron_mm.rehearsal.record import ENGINE, OPTIMIZER, Record
+from megatron_mm.rehearsal.recorder import Recorder
+from megatron_mm.rehearsal.scopes import scopes
+from megatron_mm.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """One rank's step. micro_batches: how many were rehearsed, of so many in the step.
+
+    tokens, pairs: non-padding positions and allowed query-key pairs of the rehearsed micro-batches, of whole rows.
+    """
+
+    layout: Layout
+    micro_batches: int
+    of: int
+    record: Record
+    peak: Peak
+    tokens: int
+    pairs: int
+
+
+def rehearse(
+    config: Config,
+    world_size: int,
+    rank: int,
+    rates: Rates | None = None,
+    most: int | None = None,
+    text_vocab_size: int = 32000,
+) -> Rehearsal:
+    """One step of `rank`, with documents as `benchmark.synthetic` draws them.
+
+    Args:
+        most: micro-batches to rehearse of a step that has more; `enough` says how many show all that a step does.
+
+    Raises:
+        RehearsalError: the step does what a GPU would refuse, or wait for in the middle of a micro-batch.
+    """
+    with in_place_of_cuda() as pins:
+        recorder = Recorder(pins, Clock(rates or Rates()))
+        pins.replaced |= cuda_functions(recorder)
+        groups = process_groups(config.parallel, 0, META, store=FakeStore(), rank=rank, world_size=world_size)
+        with _groups_of_one_rank(recorder), counted_kernels(recorder), counted_chains(recorder), groups as layout:
+            family = build_family(config.model, text_vocab_size)
+            with recorder:
+                engine = _engine(config, family, layout, recorder)
+            of = config.train.global_batch_size // config.train.micro_batch_size // layout.dp_size
+            batches = _batches(config, family, text_vocab_size, min(of, most or of))
+            with recorder, scopes(recorder, engine):
+                prepared = [engine.prepare(batch) for batch in batches]
+                recorder.restart()
+                engine.step(prepared)
+                recorder.enter(ENGINE)
+    tokens, pairs = (sum(getattr(batch, name) for batch in prepared) for name in ("tokens", "pairs"))
+    return Rehearsal(layout, len(batches), of, recorder.record, recorder.ledger.peak, tokens, pairs)
+
+
+def enough(config: Config) -> int:
+    """Micro-batches after which a step does nothing new: those that a pipeline fills with, and one more than that."""
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    return 2 * stages if parallel.virtual_pipeline_model_parallel_size else stages + 1
+
+
+def _engine(config: Config, family: Family, layout: Layout, recorder: Recorder) -> MegatronEngine:
+    """The engine as it is after its first step: the optimizer has its states. Weights are not drawn."""
+    with patch.object(engine_module, "initialize", lambda model, seed: None):
+        engine = MegatronEngine(config, family, layout, META)
+    recorder.enter(OPTIMIZER)
+    clip_and_step(engine.optimizer)
+    recorder.enter(ENGINE)
+    for chunk in engine.chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            if buffer.param_data is not None:
+                recorder.ledger.give(buffer.param_data, "weights")
+            recorder.ledger.give(buffer.grad_data, "gradients")
+        for parameter in chunk.parameters():
+            recorder.ledger.give(parameter, "weights")
+    return engine
+
+
+def _batches(config: Config, family: Family, text_vocab_size: int, count: int) -> list[PackedBatch]:
+    train = replace(config.train, global_batch_size=count * config.train.micro_batch_size)
+    return synthetic_steps(replace(config, train=train), family, text_vocab_size, 1)[0]
+
+
+@contextlib.contextmanager
+def _groups_of_one_rank(recorder: Recorder) -> Iterator[None]:
+    """Every process group that is made in here tells the recorder what it is asked for, those for the host too."""
+    new_group, init = dist.new_group, dist.init_process_group
+
+    def make(*args, backend=None, pg_options=None, **kwargs):
+        group = new_group(*args, backend=BACKEND, **kwargs)
+        if group is not dist.GroupMember.NON_GROUP_MEMBER and (name := kwargs.get("group_desc")):
+            group.label = name.lower().replace("_group", "")
+        return group
+
+    dist.Backend.register_backend(BACKEND, create(recorder.collective), extended_api=True, devices=["cpu", "cuda"])
+    with (
+        patch.object(dist, "new_group", make),
+        patch.object(dist, "init_process_group", lambda backend, **kwargs: init(BACKEND, **kwargs)),
+    ):
+        yield
