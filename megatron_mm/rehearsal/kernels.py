@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from mm_kernels.span_attention import merge
 from mm_kernels.span_attention import op as span
+from mm_kernels.vocab_loss import linear
 from mm_kernels.vocab_loss import op as vocab_loss
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -88,11 +90,22 @@ def _tensor(value: Any) -> torch.Tensor | None:
 def counted_kernels(recorder: Recorder) -> Iterator[None]:
     """Our operators run as on CUDA in here, up to the launches of their kernels."""
     launches = Launches(recorder)
-    recorder.replace({operator._qualname: _on_cuda(operator) for operator in OPERATORS})
+    recorder.replace({operator._qualname: _body(operator, "cuda") for operator in OPERATORS})
     with patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: launches(kernel, *args, **kwargs)):
         yield
 
 
-def _on_cuda(operator: torch.library.CustomOpDef) -> Callable[..., object]:
-    """What an operator of ours runs on CUDA."""
-    return operator._backend_fns.get("cuda", operator._init_fn)
+@contextlib.contextmanager
+def cpu_operators(recorder: Recorder) -> Iterator[None]:
+    """Our operators run as on a CPU in here, where they are torch's own operations."""
+    recorder.replace({operator._qualname: _body(operator, "cpu") for operator in OPERATORS})
+    with (
+        patch.object(linear, "CHUNK_BYTES", linear.CPU_CHUNK_BYTES),
+        patch.object(merge, "merge_fused", None),
+    ):
+        yield
+
+
+def _body(operator: torch.library.CustomOpDef, device: str) -> Callable[..., object]:
+    """What an operator of ours runs on a device."""
+    return operator._backend_fns.get(device, operator._init_fn)

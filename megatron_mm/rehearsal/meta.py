@@ -75,4 +75,13 @@ def in_place_of_cuda() -> Iterator[CudaToMeta]:
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
         stack.enter_context(patch.object(tp_random, "_get_cuda_rng_state", cpu_device._get_rng_state))
         stack.enter_context(patch.object(tp_random, "_set_cuda_rng_state", cpu_device._set_rng_state))
-        yield stack.enter_context(CudaToMeta())
+        mode = CudaToMeta()
+        backward = torch.autograd._engine_run_backward
+
+        def run_backward(*args, **kwargs):
+            """A mode is off while torch runs what it has caught, the whole backward pass among it."""
+            with mode:
+                return backward(*args, **kwargs)
+
+        stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", run_backward))
+        yield stack.enter_context(mode)

@@ -14,7 +14,7 @@ from megatron_mm.rehearsal.clock import Clock
 from megatron_mm.rehearsal.costs import Cost, of_operation
 from megatron_mm.rehearsal.errors import RehearsalError, place
 from megatron_mm.rehearsal.group import Collective
-from megatron_mm.rehearsal.memory import Ledger
+from megatron_mm.rehearsal.memory import BLOCK, Ledger
 from megatron_mm.rehearsal.meta import META, CudaToMeta
 from megatron_mm.rehearsal.record import AGAIN, BACKWARD, ENGINE, Record
 
@@ -30,9 +30,9 @@ _SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strid
 class Recorder(TorchDispatchMode):
     """One rank's device: what its tensors hold, and a `record` of what is done to them."""
 
-    def __init__(self, pins: CudaToMeta, clock: Clock):
+    def __init__(self, pins: CudaToMeta, clock: Clock, block: int = BLOCK):
         super().__init__()
-        self.record, self.ledger, self.clock = Record(), Ledger(META), clock
+        self.record, self.ledger, self.clock = Record(), Ledger(META, block), clock
         self.part, self.direction = ENGINE, ""
         self._owner, self._before = ENGINE, 0
         self._pins = pins

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -20,11 +20,11 @@ from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.optimizer import clip_and_step
 from megatron_mm.rehearsal.clock import Clock, Rates
-from megatron_mm.rehearsal.cuda_only import cuda_functions
+from megatron_mm.rehearsal.by_device import cpu_functions, cuda_functions
 from megatron_mm.rehearsal.fused import counted_chains
 from megatron_mm.rehearsal.group import BACKEND, create
-from megatron_mm.rehearsal.kernels import counted_kernels
-from megatron_mm.rehearsal.memory import Peak
+from megatron_mm.rehearsal.kernels import counted_kernels, cpu_operators
+from megatron_mm.rehearsal.memory import BLOCK, Peak
 from megatron_mm.rehearsal.meta import META, in_place_of_cuda
 from megatron_mm.rehearsal.record import ENGINE, OPTIMIZER, Record
 from megatron_mm.rehearsal.recorder import Recorder
@@ -36,6 +36,7 @@ from megatron_mm.types import PackedBatch
 class Rehearsal:
     """One rank's step. micro_batches: how many were rehearsed, of so many in the step.
 
+    start: bytes on the device before the step: weights, gradients, the optimizer's states.
     tokens, pairs: non-padding positions and allowed query-key pairs of the rehearsed micro-batches, of whole rows.
     """
 
@@ -44,6 +45,7 @@ class Rehearsal:
     of: int
     record: Record
     peak: Peak
+    start: int
     tokens: int
     pairs: int
 
@@ -55,32 +57,39 @@ def rehearse(
     rates: Rates | None = None,
     most: int | None = None,
     text_vocab_size: int = 32000,
+    batches: Sequence[PackedBatch] | None = None,
+    path: str = "cuda",
 ) -> Rehearsal:
     """One step of `rank`, with documents as `benchmark.synthetic` draws them.
 
     Args:
         most: micro-batches to rehearse of a step that has more; `enough` says how many show all that a step does.
+        batches: these micro-batches, in place of drawn ones.
+        path: the code that runs, `cuda`'s or `cpu`'s: then its memory can be held against a CPU's own record.
 
     Raises:
         RehearsalError: the step does what a GPU would refuse, or wait for in the middle of a micro-batch.
     """
     with in_place_of_cuda() as pins:
-        recorder = Recorder(pins, Clock(rates or Rates()))
-        pins.replaced |= cuda_functions(recorder)
+        recorder = Recorder(pins, Clock(rates or Rates()), block=BLOCK if path == "cuda" else 1)
+        pins.replaced |= cuda_functions(recorder) if path == "cuda" else cpu_functions()
+        kernels = counted_kernels(recorder) if path == "cuda" else cpu_operators(recorder)
         groups = process_groups(config.parallel, 0, META, store=FakeStore(), rank=rank, world_size=world_size)
-        with _groups_of_one_rank(recorder), counted_kernels(recorder), counted_chains(recorder), groups as layout:
+        with _groups_of_one_rank(recorder), kernels, counted_chains(recorder), groups as layout:
             family = build_family(config.model, text_vocab_size)
             with recorder:
                 engine = _engine(config, family, layout, recorder)
             of = config.train.global_batch_size // config.train.micro_batch_size // layout.dp_size
-            batches = _batches(config, family, text_vocab_size, min(of, most or of))
+            if batches is None:
+                batches = _batches(config, family, text_vocab_size, min(of, most or of))
             with recorder, scopes(recorder, engine):
                 prepared = [engine.prepare(batch) for batch in batches]
                 recorder.restart()
+                start = recorder.ledger.total
                 engine.step(prepared)
                 recorder.enter(ENGINE)
     tokens, pairs = (sum(getattr(batch, name) for batch in prepared) for name in ("tokens", "pairs"))
-    return Rehearsal(layout, len(batches), of, recorder.record, recorder.ledger.peak, tokens, pairs)
+    return Rehearsal(layout, len(batches), of, recorder.record, recorder.ledger.peak, start, tokens, pairs)
 
 
 def enough(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""Functions of torch that choose their kernels by device: what they run, and keep, on CUDA."""
+"""Functions of torch that choose their kernels by device: what they run, and keep, on CUDA and on a CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from megatron_mm.rehearsal.costs import Cost, nbytes
 from megatron_mm.rehearsal.recorder import Recorder
 
 
+def cpu_functions() -> dict[Callable, Callable]:
+    """Function of torch -> what stands in for it where its first argument is on the device, as on a CPU."""
+    return {F.scaled_dot_product_attention: cpu_attention}
+
+
 def cuda_functions(recorder: Recorder) -> dict[Callable, Callable]:
-    """Function of torch -> what stands in for it where its first argument is on the device."""
+    """The same as on CUDA."""
 
     class FusedRMSNorm(torch.autograd.Function):
         """One kernel forward; backward one for the input's gradient and two for the weight's."""
@@ -40,6 +45,15 @@ def cuda_functions(recorder: Recorder) -> dict[Callable, Callable]:
         return FusedRMSNorm.apply(x, weight)
 
     return {F.rms_norm: rms_norm, F.scaled_dot_product_attention: attention}
+
+
+def cpu_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> torch.Tensor:
+    """torch's attention on a CPU, which takes fewer key heads as they are."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, float("-inf"))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> torch.Tensor:
