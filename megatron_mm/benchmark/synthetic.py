@@ -5,6 +5,8 @@ Lengths and kinds are seeded, so every variant of an experiment sees the same ba
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_mm.config.compose import Config
@@ -52,6 +54,21 @@ class SyntheticSamples:
             return ImageSegment(rng.integers(codes, size=self._family.grid), seen)
         shape = (self._image.channels, self._image.height, self._image.width)
         return ImageSegment(rng.standard_normal(shape, dtype=np.float32), seen)
+
+
+def rank_steps(
+    config: Config, family: Family, text_vocab_size: int, replicas: int, most: int | None = None
+) -> list[PackedBatch]:
+    """The micro-batches that one of `replicas` data-parallel ranks has in a step, at most so many: drawn for it alone.
+
+    Raises:
+        ValueError: see `synthetic_steps`.
+    """
+    train = config.train
+    count = train.global_batch_size // train.micro_batch_size // replicas
+    rows = min(count, most or count) * train.micro_batch_size
+    alone = replace(config, train=replace(train, global_batch_size=rows))
+    return synthetic_steps(alone, family, text_vocab_size, 1)[0]
 
 
 def synthetic_steps(config: Config, family: Family, text_vocab_size: int, count: int) -> list[list[PackedBatch]]:

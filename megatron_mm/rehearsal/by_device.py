@@ -44,10 +44,12 @@ def cuda_functions(recorder: Recorder) -> dict[Callable, Callable]:
     def rms_norm(x, normalized_shape, weight=None, eps=None) -> torch.Tensor:
         return FusedRMSNorm.apply(x, weight)
 
-    return {F.rms_norm: rms_norm, F.scaled_dot_product_attention: attention}
+    return {F.rms_norm: rms_norm, F.scaled_dot_product_attention: cuda_attention}
 
 
-def cpu_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> torch.Tensor:
+def cpu_attention(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> torch.Tensor:
     """torch's attention on a CPU, which takes fewer key heads as they are."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, float("-inf"))
@@ -56,7 +58,9 @@ def cpu_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale
     )[0]
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> torch.Tensor:
+def cuda_attention(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> torch.Tensor:
     """torch's attention in half precision: FlashAttention without a mask, the memory-efficient kernel with one."""
     if enable_gqa:
         k, v = (side.repeat_interleave(q.shape[-3] // side.shape[-3], -3) for side in (k, v))

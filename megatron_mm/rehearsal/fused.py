@@ -30,16 +30,27 @@ class FusedChains:
     def compile(self, function: Callable | None = None, **_options: Any) -> Callable:
         """`torch.compile`: a differentiable function."""
         if function is None:
-            return functools.partial(self.compile)
+            return self.compile
+        traced: dict[tuple, Callable] = {}
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            key = tuple(map(_specialised, args))
+            if key not in traced:
+                traced[key] = self._trace(function)
+            return traced[key](*args)
+
+        return run
+
+    def _trace(self, function: Callable) -> Callable:
         name = function.__name__
-        traced = aot_function(
+        return aot_function(
             function,
             fw_compiler=lambda graph, _: make_boxed_func(self._kernel(name, graph)),
             bw_compiler=lambda graph, _: make_boxed_func(self._kernel(f"{name} backward", graph)),
             partition_fn=min_cut_rematerialization_partition,
             decompositions=select_decomp_table(),
         )
-        return functools.wraps(function)(lambda *args: traced(*args))
 
     def whole(self, function: Callable) -> Callable:
         """A function that is not differentiated, as one kernel."""
@@ -69,6 +80,13 @@ class FusedChains:
         read = {tensor.untyped_storage()._cdata for tensor in tensors}
         written = [tensor for tensor in outs if tensor.untyped_storage()._cdata not in read]
         self._recorder.launch(Cost(name, "fused chain", 0, sum(map(nbytes, [*tensors, *written]))), written)
+
+
+def _specialised(value: Any) -> Any:
+    """What a chain is compiled anew for."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.shape, value.stride(), value.dtype, value.requires_grad
 
 
 @contextlib.contextmanager

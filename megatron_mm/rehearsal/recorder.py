@@ -28,14 +28,17 @@ _SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strid
 
 
 class Recorder(TorchDispatchMode):
-    """One rank's device: what its tensors hold, and a `record` of what is done to them."""
+    """One rank's device: what its tensors hold, and a `record` of what is done to them.
 
-    def __init__(self, pins: CudaToMeta, clock: Clock, block: int = BLOCK):
+    A GPU's allocator takes blocks (`memory.BLOCK`), a CPU's bytes, and what comes from the host is there already.
+    """
+
+    def __init__(self, pins: CudaToMeta, clock: Clock, gpu: bool = True):
         super().__init__()
-        self.record, self.ledger, self.clock = Record(), Ledger(META, block), clock
+        self.record, self.ledger, self.clock = Record(), Ledger(META, BLOCK if gpu else 1), clock
         self.part, self.direction = ENGINE, ""
         self._owner, self._before = ENGINE, 0
-        self._pins = pins
+        self._pins, self._uploads = pins, gpu
         self._bodies: dict[str, Callable] = {}
         self._host: dict[int, tuple[torch.Tensor, weakref.ref]] = {}
         self._quiet = 0
@@ -135,7 +138,7 @@ class Recorder(TorchDispatchMode):
             return self._copy(func, args, kwargs)
         if there and name in _SCALARS:
             return self._number(name, tensors[0])
-        if there and (name in _SIZED or (name.startswith("index") and self._selects(name, args))):
+        if there and self._has_unknown_size(name, args, kwargs):
             raise RehearsalError(f"{name} has a result whose size only the device knows: {place()}.")
         if there and any(tensor.device != META and tensor.dim() > 0 for tensor in tensors):
             raise RehearsalError(f"{name} mixes a tensor of the host with tensors of the device: {place()}.")
@@ -149,8 +152,13 @@ class Recorder(TorchDispatchMode):
         return out
 
     @staticmethod
-    def _selects(name: str, args: tuple) -> bool:
-        """Whether an index is a mask, whose size only the device knows; filling in one number needs no size."""
+    def _has_unknown_size(name: str, args: tuple, kwargs: dict) -> bool:
+        """Whether only the device knows how much the result holds: of an index that is a mask, too. Filling in one
+        number needs no size."""
+        if name in _SIZED:
+            return kwargs.get("output_size") is None
+        if not name.startswith("index"):
+            return False
         indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
         masks = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
         return masks and not (name.startswith("index_put") and args[2].numel() == 1)
@@ -176,7 +184,8 @@ class Recorder(TorchDispatchMode):
             self._synchronised("blocking copy from the host")
         elif not self._pins.is_pinned(source):
             self._synchronised("copy from pageable memory")
-        self.ledger.add(out, self._owner)
+        if self._uploads:
+            self.ledger.add(out, self._owner)
         if out.is_contiguous() and out.numel() * out.element_size() == out.untyped_storage().nbytes():
             self._remember(out, source)
         return out

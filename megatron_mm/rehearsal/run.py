@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megatron_mm.engines.megatron as engine_module
-from megatron_mm.benchmark.synthetic import synthetic_steps
+from megatron_mm.benchmark.synthetic import rank_steps
 from megatron_mm.config.compose import Config
 from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.base import Family
@@ -19,17 +19,16 @@ from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.optimizer import clip_and_step
-from megatron_mm.rehearsal.clock import Clock, Rates
 from megatron_mm.rehearsal.by_device import cpu_functions, cuda_functions
+from megatron_mm.rehearsal.clock import Clock, Rates
 from megatron_mm.rehearsal.fused import counted_chains
 from megatron_mm.rehearsal.group import BACKEND, create
 from megatron_mm.rehearsal.kernels import counted_kernels, cpu_operators
-from megatron_mm.rehearsal.memory import BLOCK, Peak
+from megatron_mm.rehearsal.memory import Peak
 from megatron_mm.rehearsal.meta import META, in_place_of_cuda
 from megatron_mm.rehearsal.record import ENGINE, OPTIMIZER, Record
 from megatron_mm.rehearsal.recorder import Recorder
 from megatron_mm.rehearsal.scopes import scopes
-from megatron_mm.types import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,19 @@ def rehearse(
     rates: Rates | None = None,
     most: int | None = None,
     text_vocab_size: int = 32000,
-    batches: Sequence[PackedBatch] | None = None,
     path: str = "cuda",
 ) -> Rehearsal:
     """One step of `rank`, with documents as `benchmark.synthetic` draws them.
 
     Args:
         most: micro-batches to rehearse of a step that has more; `enough` says how many show all that a step does.
-        batches: these micro-batches, in place of drawn ones.
         path: the code that runs, `cuda`'s or `cpu`'s: then its memory can be held against a CPU's own record.
 
     Raises:
         RehearsalError: the step does what a GPU would refuse, or wait for in the middle of a micro-batch.
     """
     with in_place_of_cuda() as pins:
-        recorder = Recorder(pins, Clock(rates or Rates()), block=BLOCK if path == "cuda" else 1)
+        recorder = Recorder(pins, Clock(rates or Rates()), gpu=path == "cuda")
         pins.replaced |= cuda_functions(recorder) if path == "cuda" else cpu_functions()
         kernels = counted_kernels(recorder) if path == "cuda" else cpu_operators(recorder)
         groups = process_groups(config.parallel, 0, META, store=FakeStore(), rank=rank, world_size=world_size)
@@ -79,9 +76,7 @@ def rehearse(
             family = build_family(config.model, text_vocab_size)
             with recorder:
                 engine = _engine(config, family, layout, recorder)
-            of = config.train.global_batch_size // config.train.micro_batch_size // layout.dp_size
-            if batches is None:
-                batches = _batches(config, family, text_vocab_size, min(of, most or of))
+            batches = rank_steps(config, family, text_vocab_size, layout.dp_size, most)
             with recorder, scopes(recorder, engine):
                 prepared = [engine.prepare(batch) for batch in batches]
                 recorder.restart()
@@ -89,6 +84,7 @@ def rehearse(
                 engine.step(prepared)
                 recorder.enter(ENGINE)
     tokens, pairs = (sum(getattr(batch, name) for batch in prepared) for name in ("tokens", "pairs"))
+    of = config.train.global_batch_size // config.train.micro_batch_size // layout.dp_size
     return Rehearsal(layout, len(batches), of, recorder.record, recorder.ledger.peak, start, tokens, pairs)
 
 
@@ -114,11 +110,6 @@ def _engine(config: Config, family: Family, layout: Layout, recorder: Recorder) 
         for parameter in chunk.parameters():
             recorder.ledger.give(parameter, "weights")
     return engine
-
-
-def _batches(config: Config, family: Family, text_vocab_size: int, count: int) -> list[PackedBatch]:
-    train = replace(config.train, global_batch_size=count * config.train.micro_batch_size)
-    return synthetic_steps(replace(config, train=train), family, text_vocab_size, 1)[0]
 
 
 @contextlib.contextmanager
