@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 
@@ -89,6 +90,7 @@ class CheckpointWriter(AsyncCaller):
 @contextlib.contextmanager
 def without_signals() -> Iterator[None]:
     """A process that starts in here never receives the signals by which a job is told to save and stop."""
+    resource_tracker.ensure_running()  # multiprocessing starts it with the first process, and then lets SIGTERM through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     try:
         yield
