@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from megatron_mm.config.compose import Config, ConfigError, from_dict_config, to_yaml
 from megatron_mm.data.files import replacing
+from megatron_mm.run_lock import RunLock
 
 _SAME_ON_RESUME = ("model", "optim", "data.path", "data.sources", "data.blend_by", "data.tokenizer", "data.seq_length",
                    "data.window", "train.seed", "train.global_batch_size")  # fmt: skip
@@ -37,13 +38,14 @@ def continues(config: Config) -> bool:
     return True
 
 
-def open_run_folder(config: Config) -> bool:
-    """Makes run.dir ready, moving an earlier run aside where run.if_exists says so. Returns what `continues` does
-    and raises as it."""
+def open_run_folder(config: Config, lock: RunLock) -> bool:
+    """Makes run.dir, whose lock we hold, ready, moving an earlier run aside where run.if_exists says so. Returns what
+    `continues` does and raises as it."""
     folder = Path(config.run.dir)
     resume = continues(config)
     if not resume and (folder / "config.yaml").exists():
         folder.rename(_free_name(folder))
+        lock.acquire()
     _write_config(config, folder / "config.yaml")
     return resume
 

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
 from megatron_mm.report.plots import plot_losses
 from megatron_mm.run_folder import continues, open_run_folder
+from megatron_mm.run_lock import RunLock
 
 
 class StopSignal:
@@ -88,11 +90,29 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     family, plan, reader, ledger = open_run(config)
     on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
     on_first_rank(lambda: continues(config))
-    engine = MegatronEngine(config, family, layout, device)
-    resume = on_first_rank(lambda: open_run_folder(config))
-    checkpoint = Checkpointer(
-        engine, config.checkpoint.save or folder, config.checkpoint.keep, config.checkpoint.async_save
-    )
+    lock = RunLock(folder)
+    on_first_rank(lock.acquire)
+    try:
+        engine = MegatronEngine(config, family, layout, device)
+        resume = on_first_rank(lambda: open_run_folder(config, lock))
+        saves = config.checkpoint
+        with closing(Checkpointer(engine, saves.save or folder, saves.keep, saves.async_save)) as checkpoint:
+            return _train(engine, checkpoint, plan, reader, ledger, resume, stop)
+    finally:
+        lock.release()
+
+
+def _train(
+    engine: MegatronEngine,
+    checkpoint: Checkpointer,
+    plan: Plan,
+    reader: SampleReader,
+    ledger: list[LedgerEntry],
+    resume: bool,
+    stop: StopSignal,
+) -> list[StepMetrics]:
+    """The iterations that are left of the run in run.dir, whose lock rank 0 holds. Returns this process's steps."""
+    config, layout, folder = engine.config, engine.layout, Path(engine.config.run.dir)
     iteration, state = 0, DataState()
     if resume and config.checkpoint.save and latest_iteration(config.checkpoint.save):
         common = checkpoint.load(config.checkpoint.save)
@@ -102,7 +122,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
         engine.optimizer.reload_model_params()
 
     loader = StepLoader(
-        plan, reader, family, config.data, config.train.seed, config.train.global_batch_size,
+        plan, reader, engine.family, config.data, config.train.seed, config.train.global_batch_size,
         config.train.micro_batch_size, layout.dp_rank, layout.dp_size, state, engine.prepare,
     )  # fmt: skip
     writer = None
@@ -125,7 +145,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
             if writer:
                 seconds = time.perf_counter() - began
                 writer.write(_row(engine, iteration, step, metrics, seconds), 1000 * seconds)
-            stopping = agree(stop.received, device)
+            stopping = agree(stop.received, engine.device)
             if config.checkpoint.save and (stopping or iteration % config.checkpoint.save_interval == 0):
                 checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
                 saved = iteration

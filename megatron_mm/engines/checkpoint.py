@@ -9,6 +9,7 @@ leaves the previous one loadable.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -17,21 +18,26 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.engines.reading import CheckpointError, read_common, read_shapes, read_tensors, reason
+from megatron_mm.engines.writer import CheckpointWriter, without_signals
 from megatron_mm.nn.lora import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message says which, why, and what to do."""
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,  # on the first rank of a group and in host memory only
+    "non_homogeneous_layers": True,
+}
 
 
 def latest_iteration(folder: str | Path) -> int | None:
@@ -67,11 +73,7 @@ def resolve(folder: str | Path) -> Path:
 
 def common_state(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself without its tensors: `iteration`, `config` (YAML), `data_state`, ..."""
-    path = resolve(folder)
-    try:
-        return dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # torch.load and megatron-core raise many kinds
-        raise CheckpointError(f"{path} is corrupt: {_reason(error)}. Load an older iter_* folder.") from error
+    return read_common(resolve(folder))
 
 
 def load_weights(models: list, folder: str | Path) -> None:
@@ -81,7 +83,7 @@ def load_weights(models: list, folder: str | Path) -> None:
         CheckpointError: the checkpoint is missing, corrupt or of another model.
     """
     path = resolve(folder)
-    saved = set(dist_checkpointing.load_tensors_metadata(str(path)))
+    saved = set(read_shapes(path))
     model_state = _model_state(models)
     names = {entry.key for state in model_state.values() for entry in state.values()}
     if not any(name.endswith(ADAPTERS) for name in names) and any(name.endswith(ADAPTERS) for name in saved):
@@ -96,7 +98,7 @@ def load_weights(models: list, folder: str | Path) -> None:
         number: {path: entry for path, entry in state.items() if entry.key not in new}
         for number, state in model_state.items()
     }
-    state = _load({"model": wanted}, path)
+    state = read_tensors({"model": wanted}, path, _replicas())
     for number, model in enumerate(models):
         model.load_state_dict(state["model"][str(number)], strict=not new)
 
@@ -106,7 +108,13 @@ class Checkpointer:
 
     def __init__(self, engine: MegatronEngine, folder: str | Path, keep: int | None = None, use_async: bool = False):
         self.engine, self.folder, self.keep, self.use_async = engine, Path(folder), keep, use_async
-        self._queue = AsyncCallsQueue()
+        self._queue = AsyncCallsQueue(persistent=True)
+        self._queue.persistent_caller = writer = CheckpointWriter()
+        if use_async:
+            writer.start()
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), _replicas(), do_cache_distribution=True
+        )
 
     def save(self, iteration: int, extra: dict[str, Any]) -> None:
         """Saves weights, optimizer, schedule and `extra` (plain values) as `iter_<iteration>`; collective.
@@ -120,17 +128,18 @@ class Checkpointer:
         self._fail_together(problem, path)
         state = self._state(is_loading=False) | {"iteration": iteration} | extra
         try:
-            request = dist_checkpointing.save(
-                state, str(path), async_sharded_save=self.use_async, content_metadata=_METADATA
-            )
+            with without_signals():
+                request = dist_checkpointing.save(
+                    state, str(path), self._strategy, async_sharded_save=self.use_async, content_metadata=_METADATA
+                )
+            if request is not None:
+                request.add_finalize_fn(lambda: self._publish(iteration))
+                self._queue.schedule_async_request(request)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(path, ignore_errors=True)
             raise self._failure(path, error) from error
         if request is None:
             self._publish(iteration)
-        else:
-            request.add_finalize_fn(lambda: self._publish(iteration))
-            self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
         """Completes an asynchronous save that has been written; call it once an iteration on every rank."""
@@ -140,6 +149,10 @@ class Checkpointer:
     def finish(self) -> None:
         """Waits for a save under way."""
         self._finalize(blocking=True)
+
+    def close(self) -> None:
+        """Ends the process that writes asynchronous saves; one that was not waited for is dropped."""
+        self._queue.close(abort=True)
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Restores weights, optimizer and schedule from `folder` and returns the checkpoint's plain values."""
@@ -151,7 +164,7 @@ class Checkpointer:
                 f"{path} was written with parallel.use_distributed_optimizer={str(not ours).lower()}, which cannot be "
                 f"converted: set it to {str(not ours).lower()}."
             )
-        state = _load(self._state(is_loading=True), path)
+        state = read_tensors(self._state(is_loading=True), path, _replicas())
         for number, model in enumerate(self.engine.models):
             model.load_state_dict(state["model"][str(number)], strict=True)
         self.engine.optimizer.load_state_dict(state["optimizer"])
@@ -159,6 +172,9 @@ class Checkpointer:
         return common
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
+        if not is_loading and self.engine.config.parallel.overlap_param_gather:
+            for chunk in self.engine.chunks:  # what the last step made of the weights still has to be gathered
+                chunk.start_param_sync(force_sync=True)
         model = _model_state(self.engine.models)
         for part in self.engine.optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer, part.config)  # before the first step there are no moments to save
@@ -197,7 +213,7 @@ class Checkpointer:
         latest = latest_iteration(self.folder)
         kept = "no earlier checkpoint exists" if latest is None else f"iter_{latest:07d} is still the latest checkpoint"
         return CheckpointError(
-            f"could not save {path}: {_reason(error)}. Free some space or change checkpoint.save; {kept}."
+            f"could not save {path}: {reason(error)}. Free some space or change checkpoint.save; {kept}."
         )
 
     def _finalize(self, blocking: bool) -> None:
@@ -207,7 +223,7 @@ class Checkpointer:
             raise self._failure(self.folder, error) from error
 
     def _publish(self, iteration: int) -> None:
-        """Names the complete checkpoint in the tracker, then drops the oldest beyond `keep`."""
+        """Names the complete checkpoint in the tracker, then drops complete ones before it, but for the last `keep`."""
         dist.barrier()
         if dist.get_rank() != 0:
             return
@@ -219,8 +235,13 @@ class Checkpointer:
         os.replace(temporary, self.folder / TRACKER)
         logger.info("saved checkpoint %s/iter_%07d", self.folder, iteration)
         if self.keep:
-            for old in sorted(self.folder.glob("iter_*"))[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            complete = (file.parent.name[5:] for file in self.folder.glob("iter_*/metadata.json"))
+            numbers = sorted(int(name) for name in complete if name.isdigit() and int(name) <= iteration)
+            for number in numbers[: -self.keep]:
+                old = self.folder / f"iter_{number:07d}"
+                with contextlib.suppress(OSError):
+                    (old / "metadata.json").unlink()  # first: what is left if we are killed is no checkpoint
+                    shutil.rmtree(old)
 
 
 def _keep_empty_groups_out(optimizer: dict[str, Any]) -> None:
@@ -233,21 +254,10 @@ def _keep_empty_groups_out(optimizer: dict[str, Any]) -> None:
             part["fp32_from_fp16_params"] = [group or LocalNonpersistentObject([]) for group in groups]
 
 
+def _replicas() -> dist.ProcessGroup:
+    """The ranks that hold the same weights: they share the work of writing and reading them."""
+    return mpu.get_data_parallel_group(with_context_parallel=True)
+
+
 def _model_state(models: list) -> dict[str, Any]:
     return {str(number): model.sharded_state_dict() for number, model in enumerate(models)}
-
-
-def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        return dist_checkpointing.load(state, str(path))
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(
-            f"cannot load {path}: {_reason(error)}. It is corrupt or of another model: compare its config with "
-            f"yours, or load an older iter_* folder."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The line of `error` that says what happened: the last one of a worker's traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_mm.data.files import replacing
 from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, resolve
+from megatron_mm.engines.reading import read_shapes, read_tensors
 
 _PARTS = ("front.", "decoder.", "back.")
 
@@ -47,13 +48,9 @@ def load_whole_weights(folder: Path) -> dict[str, torch.Tensor]:
         CheckpointError: the checkpoint is missing or corrupt.
     """
     path = resolve(folder)
-    try:
-        found = dist_checkpointing.load_tensors_metadata(str(path))
-        wanted = {
-            name: ShardedTensor.from_rank_offsets(name, torch.empty(entry.global_shape, dtype=entry.dtype))
-            for name, entry in found.items()
-            if name.startswith(_PARTS)
-        }
-        return dist_checkpointing.load({"model": wanted}, str(path))["model"]
-    except Exception as error:
-        raise CheckpointError(f"cannot load {path}: {error}. Load an older iter_* folder.") from error
+    wanted = {
+        name: ShardedTensor.from_rank_offsets(name, torch.empty(entry.global_shape, dtype=entry.dtype))
+        for name, entry in read_shapes(path).items()
+        if name.startswith(_PARTS)
+    }
+    return read_tensors({"model": wanted}, path)["model"]
