@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from devices import CUDA
 from mm_kernels.span_attention.benchmark import __main__ as benchmark
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS, IMAGES, area, documents, mask
 from mm_kernels.span_attention.benchmark.measure import wrong
@@ -117,7 +118,7 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch):
     [
         (("--heads", "3:2"), "a multiple of the second"),
         (("--distributions", "nothing"), "invalid choice"),
-        *([] if torch.cuda.is_available() else [(("--device", "cuda"), "sees no GPU")]),
+        *([] if CUDA else [(("--device", "cuda"), "sees no GPU")]),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(tmp_path, monkeypatch, capsys, arguments, why):

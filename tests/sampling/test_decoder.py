@@ -27,14 +27,14 @@ def whole_batch(model, documents):
     fields = {name: model.family.fields[name] for name in documents[0].fields}
     length = max(len(document.tokens) for document in documents)
     batch = pack([[d] for d in documents], length, fields, model.family.vocab.pad, [[0]] * len(documents))
-    return batch.to("cpu", model.stage.config.params_dtype)
+    return batch.to(model.device, model.stage.config.params_dtype)
 
 
 def cut(batch: PackedBatch, rows, starts, n, images=()):
     """Positions starts[i] .. starts[i] + n of rows[i], in coordinates of their own."""
     take = lambda t: torch.stack([t[row, start : start + n] for row, start in zip(rows, starts, strict=True)])  # noqa: E731
     meta = torch.stack([batch.meta[row, :, start : start + n] for row, start in zip(rows, starts, strict=True)])
-    meta[:, 1] -= torch.tensor(starts, dtype=torch.int32)[:, None]
+    meta[:, 1] -= torch.tensor(starts, dtype=torch.int32, device=meta.device)[:, None]
     fields = {name: take(t) for name, t in batch.fields.items()}
     return PackedBatch(take(batch.tokens), meta, fields, torch.tensor(images, dtype=torch.int32).reshape(-1, 4), 0, 0)
 
@@ -59,7 +59,7 @@ def read_both_ways(model):
         if "patches" in batch.fields:
             noised = whole_batch(model, documents)
             for row, first in enumerate(firsts):
-                noised.fields["patches"][row, first : first + h * w] += torch.randn(h * w, model.family.patch_dim)
+                noised.fields["patches"][row, first : first + h * w] += torch.randn(h * w, model.family.patch_dim).to(model.device)
                 noised.fields["timestep"][row, first : first + h * w] = 500
             piece = cut(noised, [0, 1], firsts, h * w, [(0, 0, h, w), (1, 0, h, w)])
             ours = stage.back.predict_noise(decoder.forward(rows, piece, keep=0), piece)
@@ -79,7 +79,7 @@ def read_both_ways(model):
                 at[i] += 1
     pairs = [(torch.stack(by_piece), torch.stack(at_once)), *noises]
     real = model.family.vocab.size
-    return [(ours[..., :real].numpy(), whole[..., :real].numpy()) for ours, whole in pairs]
+    return [(ours[..., :real].cpu().numpy(), whole[..., :real].cpu().numpy()) for ours, whole in pairs]
 
 
 def prompt_of(document, end):
@@ -103,9 +103,9 @@ def stage_without_cache(model, decoder, batch):
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [pytest.param("fp32", 1e-5, marks=pytest.mark.slow), ("fp64", 1e-12)]
 )
-def test_by_piece_equals_at_once(family, precision, tolerance, folder):
+def test_by_piece_equals_at_once(family, precision, tolerance, device, folder):
     extra = FP64 if precision == "fp64" else []
-    pairs = with_model(read_both_ways, config_for(family, folder, *extra))
+    pairs = with_model(read_both_ways, config_for(family, folder, *extra), device=device)
     assert len(pairs) == (1 if family.startswith(("chameleon", "janus")) else 3)
     for ours, whole in pairs:
         assert whole.std() > 0.1  # not a constant that anything would match
