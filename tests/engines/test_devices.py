@@ -12,6 +12,7 @@ from distributed import run_ranks
 from tiny_runs import FAMILIES, overrides_for, run_training
 
 from megatron_mm.config.compose import compose
+from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.engines.megatron import select_parts
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import agree, gather, on_first_rank, process_groups
@@ -21,7 +22,7 @@ EVERY = [*FAMILIES, "unimoe", "transfusion_unet", "transfusion_experts", "showo_
 STEPS = 6
 BF16 = "train.precision=bf16"
 TOLERANCE = {"bf16": 2**-8, "fp32": 2**-11}
-"""Of a loss. bf16 keeps 8 bits; a loss is a mean over hundreds of tokens, and is off by 1.3e-3 at most on a CPU. In fp32
+"""Of a loss. bf16 keeps 8 bits; a loss is a mean over hundreds of tokens, and on a CPU off by 1.3e-3 at most. In fp32
 torch computes convolutions on CUDA in TF32, which keeps 11 bits: encoders and the U-Net have some."""
 
 
@@ -86,7 +87,7 @@ def test_a_run_that_is_resumed_goes_on(precision, use_async, tolerance, device, 
     for step, true in zip(rest, whole[4:], strict=True):
         assert step["loss"] == pytest.approx(true["loss"], rel=tolerance)
     load = f"checkpoint.load={tmp_path}/whole/checkpoints"
-    moved = [run(f"on-{on.type}", load, "train.train_iters=1", on=on) for on in (device, torch.device("cpu"))]
+    moved = [run(f"on-{on.type}", load, "train.exit_interval=1", on=on) for on in (device, torch.device("cpu"))]
     assert moved[0][0]["loss"] == pytest.approx(moved[1][0]["loss"], rel=max(tolerance, TOLERANCE[precision]))
 
 
@@ -115,8 +116,9 @@ def test_from_the_command_line(device, shards, tmp_path):
 
 
 def _collectives(init_kwargs, device):
-    with process_groups(compose(["model=chameleon_tiny", "run.name=x", "data.path=x"]).parallel, 0, device, **init_kwargs):
-        answers = agree(dist.get_rank() == 0, device), gather(1.5 + dist.get_rank(), device), on_first_rank(lambda: "one")
+    with process_groups(ParallelConfig(), 0, device, **init_kwargs):
+        rank = dist.get_rank()
+        answers = agree(rank == 0, device), gather(1.5 + rank, device), on_first_rank(lambda: "one")
         return dist.get_backend(), answers
 
 

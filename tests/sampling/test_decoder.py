@@ -27,14 +27,14 @@ def whole_batch(model, documents):
     fields = {name: model.family.fields[name] for name in documents[0].fields}
     length = max(len(document.tokens) for document in documents)
     batch = pack([[d] for d in documents], length, fields, model.family.vocab.pad, [[0]] * len(documents))
-    return batch.to(model.device, model.stage.config.params_dtype)
+    return batch.to("cpu", model.stage.config.params_dtype)
 
 
 def cut(batch: PackedBatch, rows, starts, n, images=()):
     """Positions starts[i] .. starts[i] + n of rows[i], in coordinates of their own."""
     take = lambda t: torch.stack([t[row, start : start + n] for row, start in zip(rows, starts, strict=True)])  # noqa: E731
     meta = torch.stack([batch.meta[row, :, start : start + n] for row, start in zip(rows, starts, strict=True)])
-    meta[:, 1] -= torch.tensor(starts, dtype=torch.int32, device=meta.device)[:, None]
+    meta[:, 1] -= torch.tensor(starts, dtype=torch.int32)[:, None]
     fields = {name: take(t) for name, t in batch.fields.items()}
     return PackedBatch(take(batch.tokens), meta, fields, torch.tensor(images, dtype=torch.int32).reshape(-1, 4), 0, 0)
 
@@ -47,7 +47,7 @@ def read_both_ways(model):
     h, w = model.family.grid
     at_once, by_piece, noises = [], [], []
     with torch.inference_mode():
-        expected = stage.back.logits(stage.hidden(Part.of(batch)).transpose(0, 1))
+        expected = stage.back.logits(stage.hidden(Part.of(batch.to(model.device))).transpose(0, 1))
     with Decoder.open(model, rows=3, capacity=max(lengths)) as decoder:
         rows = [2, 0]  # not a prefix of the cache's rows, and not in order
         prompts = [prompt_of(document, first) for document, first in zip(documents, firsts, strict=True)]
@@ -59,7 +59,7 @@ def read_both_ways(model):
         if "patches" in batch.fields:
             noised = whole_batch(model, documents)
             for row, first in enumerate(firsts):
-                noised.fields["patches"][row, first : first + h * w] += torch.randn(h * w, model.family.patch_dim).to(model.device)
+                noised.fields["patches"][row, first : first + h * w] += torch.randn(h * w, model.family.patch_dim)
                 noised.fields["timestep"][row, first : first + h * w] = 500
             piece = cut(noised, [0, 1], firsts, h * w, [(0, 0, h, w), (1, 0, h, w)])
             ours = stage.back.predict_noise(decoder.forward(rows, piece, keep=0), piece)
@@ -93,7 +93,7 @@ def stage_without_cache(model, decoder, batch):
     assert caches
     for module, _ in caches:
         module.cache = None
-    hidden = model.stage.hidden(Part.of(batch)).transpose(0, 1)
+    hidden = model.stage.hidden(Part.of(batch.to(model.device))).transpose(0, 1)
     for module, cache in caches:
         module.cache = cache
     return hidden

@@ -206,7 +206,8 @@ def images_of(document):
 
 @pytest.mark.parametrize(("family", "scale"), [("transfusion", 1.0), ("chameleon", 1.0), ("chameleon", 2.5)])
 def test_interleaved_equals_replay_without_cache(family, scale, device, folder):
-    assert with_model(replay, config_for(family, folder, *FP64), scale, device=device) >= 2, "too few images to show anything"
+    images = with_model(replay, config_for(family, folder, *FP64), scale, device=device)
+    assert images >= 2, "too few images to show anything"
 
 
 def guided_image(model):
