@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from devices import KERNEL_DEVICE
 from hypothesis import strategies as st
 
 from megatron_mm import mask as masks
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = KERNEL_DEVICE
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 

@@ -1,4 +1,4 @@
-"""`run_ranks(fn, world_size, *args)`: run a function on several gloo ranks, forked after import (0.2-0.6 s a call)."""
+"""`run_ranks(fn, world_size, *args)`: run a function on several ranks, forked after import (0.2-0.6 s a call)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import torch.distributed as dist
 def run_ranks(fn, world_size: int, *args) -> list:
     """Calls `fn(init_kwargs, *args)` in `world_size` forked processes; returns their results in rank order.
 
-    `init_kwargs` are for `parallel.distributed.process_groups`. A failing rank fails the call with its traceback.
+    `init_kwargs` are for `parallel.distributed.process_groups`. A failing rank fails the call with its traceback. Only
+    ranks that are given a CUDA device see one.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -61,6 +62,8 @@ def kill_when(condition, fn, *args) -> None:
 
 def _rank_main(fn, rank: int, world_size: int, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
+    if not any(isinstance(argument, torch.device) and argument.type == "cuda" for argument in args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
         result = fn({"store": store, "rank": rank, "world_size": world_size}, *args)

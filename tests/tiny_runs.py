@@ -128,17 +128,19 @@ def overrides_for(family: str, shards: Path, run_dir: Path, *overrides: str) -> 
     return [*own, *common, f"data.path={shards}/train", f"run.dir={run_dir}", "checkpoint.save=null", *overrides]
 
 
-def run_training(overrides: list[str], world_size: int = 1) -> list[dict]:
+CPU = torch.device("cpu")
+
+
+def run_training(overrides: list[str], world_size: int = 1, device: torch.device = CPU) -> list[dict]:
     """The steps of a run, as rank 0 reports them; every rank must report the same."""
     config = compose(overrides)
     validate(config, world_size)
-    ranks = run_ranks(_train, world_size, config)
+    ranks = run_ranks(_train, world_size, config, device)
     assert all(rank == ranks[0] for rank in ranks), "the ranks disagree on the metrics"
     return ranks[0]
 
 
-def _train(init_kwargs: dict, config) -> list[dict]:
-    device = torch.device("cpu")
+def _train(init_kwargs: dict, config, device: torch.device) -> list[dict]:
     with process_groups(config.parallel, config.train.seed, device, **init_kwargs) as layout:
         return [asdict(step) for step in train(config, layout, device, StopSignal())]
 
@@ -150,5 +152,5 @@ def saved_weights(run_dir: Path, iteration: int) -> dict[str, torch.Tensor]:
 
 
 def _saved_weights(init_kwargs: dict, folder: Path) -> dict[str, torch.Tensor]:
-    with process_groups(ParallelConfig(), 0, torch.device("cpu"), **init_kwargs):
+    with process_groups(ParallelConfig(), 0, CPU, **init_kwargs):
         return {name: weight.clone() for name, weight in load_whole_weights(folder).items()}

@@ -1,9 +1,10 @@
 """`python -m megatron_mm.benchmark out=benchmarks/step [experiment=NAME,...] [variants=NAME,...] [key=value ...]`
 
 Whole training steps of one device through the real engine: forward, backward, clipping and Adam, on packed batches
-that are drawn instead of read. Writes results.csv, profile.csv and step.png into one folder. Further keys are those of
-a run, and hold for every experiment. Weights do not move (the learning rate is 0), so that variants which compute the
-same have the same loss but for rounding.
+that are drawn instead of read. Appends to results.csv and profile.csv in one folder as it goes, and draws step.png.
+What they hold for this machine and commit is not measured again. Further keys are those of a run, and hold for every
+experiment. Weights do not move (the learning rate is 0), so that variants which compute the same have the same loss but
+for rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mm_kernels.span_attention.benchmark.measure import matrix_rate
 
 from megatron_mm.benchmark.arguments import parse
 from megatron_mm.benchmark.measure import Bench
-from megatron_mm.benchmark.report import Report
+from megatron_mm.benchmark.report import Report, line
 from megatron_mm.benchmark.result import blank, environment
 from megatron_mm.benchmark.synthetic import synthetic_steps
 from megatron_mm.config.cli import user_errors
@@ -49,8 +50,15 @@ def main(arguments: Sequence[str]) -> None:
         bench, report = Bench(benchmark, layout, device), Report(folder)
         around = environment(device) | {"matrix_tflops": matrix_rate(device)}
         for run in runs:
-            family = families[run.experiment]
-            report.add(*bench.measure(run, family, steps[run.experiment], blank(run, around)))
+            result = blank(run, around)
+            if result in report:
+                continue
+            result, shares = bench.measure(run, families[run.experiment], steps[run.experiment], result)
+            report.add(result, shares)
+            if result.note.startswith(torch.AcceleratorError.__name__):
+                raise ValueError(
+                    f"{line(result)} It took the device with it: start the command again to go on behind it."
+                )
     report.finish()
 
 

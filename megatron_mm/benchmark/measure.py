@@ -46,11 +46,13 @@ class Bench:
             return self._measure(run, family, steps, blank)
         except (ValueError, NotImplementedError) as error:  # it cannot run here, or not under this mask
             return replace(blank, note=str(error)), []
+        except torch.AcceleratorError as error:  # nothing runs in this process any more
+            return replace(blank, note=_named(error)), []
         except torch.OutOfMemoryError:
             note = "out of memory"
         except RuntimeError as error:  # a peer's compiler gave up: the other variants still count
             logger.warning("%s %s failed", run.experiment, run.variant.name, exc_info=error)
-            note = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            note = _named(error)
         self._release()
         return replace(blank, note=note), []
 
@@ -93,6 +95,10 @@ class Bench:
             self._release()
             self._engine = MegatronEngine(config, family, self._layout, self._device)
         return self._engine
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def time_steps(

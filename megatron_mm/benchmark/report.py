@@ -1,18 +1,19 @@
-"""What the benchmark leaves behind: CSV files as it goes, then tables on the console and a picture."""
+"""What the benchmark leaves behind: rows of CSV files as it goes, then tables on the console and a picture."""
 
 from __future__ import annotations
 
-import csv
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from mm_kernels.rows import Rows
 from rich.console import Console
 from rich.table import Table
 
 from megatron_mm.benchmark.picture import Panels, draw
 from megatron_mm.benchmark.profiling import GROUPS, Share
-from megatron_mm.benchmark.result import Result
+from megatron_mm.benchmark.result import KEY, Result, parsed
 
 COLUMNS = {
     "ms_per_step": "{:.1f}",
@@ -26,42 +27,46 @@ COLUMNS = {
 
 
 class Report:
-    """Collects results in a folder. The CSV files are on disk after each, whatever becomes of the next."""
+    """The results in a folder, this run's and those of runs before it. A row is on disk as soon as it is measured."""
 
     def __init__(self, folder: Path):
         self._folder, self._console = folder, Console(soft_wrap=True, highlight=False)
-        self._results: list[Result] = []
-        self._shares: list[dict] = []
-        self._panels: Panels = {}
+        self._results = Rows(folder / "results.csv", [field.name for field in fields(Result)], KEY)
+        self._shares = Rows(folder / "profile.csv", [*KEY, *(field.name for field in fields(Share)), "share"], KEY)
+
+    def __contains__(self, blank: Result) -> bool:
+        """Whether the folder holds this row already; `blank` from `result.blank`."""
+        return asdict(blank) in self._results
 
     def add(self, result: Result, shares: list[Share]) -> None:
-        total = sum(share.ms_per_step for share in shares)
-        of = {"experiment": result.experiment, "variant": result.variant}
-        self._shares += [of | asdict(share) | {"share": share.ms_per_step / total} for share in shares]
-        self._results.append(result)
-        _write(self._folder / "results.csv", [asdict(row) for row in self._results])
-        _write(self._folder / "profile.csv", self._shares)
-        if not result.note:
-            profile = {share.group: share.ms_per_step for share in shares}
-            self._panels.setdefault(result.experiment, []).append((result, profile))
+        total, row = sum(share.ms_per_step for share in shares), asdict(result)
+        for share in shares:
+            self._shares.append(row | asdict(share) | {"share": share.ms_per_step / total})
+        self._results.append(row)
         self._console.print(line(result), markup=False)
 
     def finish(self) -> None:
-        """Prints the tables and draws the picture.
+        """Prints the tables and draws the picture, of all rows.
 
         Raises:
             ValueError: nothing was measured.
         """
-        if not self._panels:
-            raise ValueError(f"Nothing was measured. {line(self._results[0])}")
-        for experiment, panel in self._panels.items():
+        results = [parsed(row) for row in self._results.read()]
+        panels: Panels = defaultdict(list)
+        for result in results:
+            if not result.note:
+                profile = {row["group"]: float(row["ms_per_step"]) for row in self._shares.read(like=asdict(result))}
+                panels[result.experiment].append((result, profile))
+        if not panels:
+            raise ValueError(f"Nothing was measured. {line(results[0])}")
+        for experiment, panel in panels.items():
             names = [name.replace("_", " ") for name in COLUMNS]
             rows = [[result.variant, *_texts(result)] for result, _ in panel]
             self._console.print(_table(experiment, names, rows))
             rows = [[result.variant, *(f"{ms:.1f}" for ms in profile.values())] for result, profile in panel if profile]
             if rows:
                 self._console.print(_table("kernels of a step, ms", GROUPS, rows))
-        draw(self._panels, self._folder / "step.png")
+        draw(panels, self._folder / "step.png")
         self._console.print(f"written to {self._folder}", markup=False)
 
 
@@ -86,13 +91,3 @@ def _table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]]) -> T
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _write(path: Path, rows: list[dict]) -> None:
-    if not rows:
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()})

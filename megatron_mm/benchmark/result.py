@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
+from mm_kernels.rows import around, package_version
 
 from megatron_mm.benchmark.arguments import Run
+
+KEY = (
+    "experiment", "variant", "layers", "hidden_size", "precision", "seq_length", "rows", "micro_batch_size",
+    "recompute", "device", "driver", "cuda", "torch", "triton", "megatron_core", "commit",
+)  # fmt: skip
+"""Columns by which a row is known again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Result:
     matrix_tflops: float | None = None
     """Measured here: the product of two bf16 matrices of 8192 x 8192."""
     device: str = ""
+    driver: str = ""
+    cuda: str = ""
     torch: str = ""
     triton: str = ""
     megatron_core: str = ""
@@ -81,27 +88,14 @@ def blank(run: Run, around: dict) -> Result:
 
 def environment(device: torch.device) -> dict[str, str]:
     """The columns that say where and with what was measured."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)",
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "megatron_core": _version("megatron-core"),
-        "commit": _commit(),
-    }
+    return around(device) | {"megatron_core": package_version("megatron-core")}
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """Of the checkout that this file is in, with `-dirty` where it has changes; empty where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git here
-        return ""
+def parsed(row: Mapping[str, str]) -> Result:
+    """A result from its row in the file."""
+    read = {"str": str, "int": int, "float": float}
+    values = {}
+    for field in fields(Result):
+        kind, _, optional = str(field.type).partition(" | ")
+        values[field.name] = None if optional and not row[field.name] else read[kind](row[field.name])
+    return Result(**values)

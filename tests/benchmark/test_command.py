@@ -60,6 +60,18 @@ def test_command(tmp_path):
             assert sum(float(row["share"]) for row in profile) == pytest.approx(1, abs=1e-4)
             assert (tmp_path / f"trace_{experiment}_{name}.json.gz").exists()
 
+    # Killed behind the fifth row, in the middle of writing the sixth; only what is not there is measured again.
+    files = [tmp_path / name for name in ("results.csv", "profile.csv")]
+    lines = files[0].read_text().splitlines(keepends=True)
+    files[0].write_text("".join(lines[:6]) + lines[6][:30])
+    (tmp_path / "step.png").unlink()
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0 and (tmp_path / "step.png").exists(), run.stderr
+    assert files[0].read_text().splitlines(keepends=True)[:6] == lines[:6]
+    again = list(csv.DictReader(files[0].open()))
+    assert [(row["experiment"], row["variant"]) for row in again] == [(r["experiment"], r["variant"]) for r in results]
+    assert [row["loss"] for row in again] == [row["loss"] for row in results]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

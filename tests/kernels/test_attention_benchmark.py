@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from devices import CUDA
 from mm_kernels.span_attention.benchmark import __main__ as benchmark
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS, IMAGES, area, documents, mask
 from mm_kernels.span_attention.benchmark.measure import wrong
@@ -97,6 +98,7 @@ def test_one_command_measures_plots_and_goes_on(tmp_path, monkeypatch):
     assert len(measured) == len(set(measured)) == 6, "what the file holds is not measured twice"
     assert {peer for _, peer in measured} == {"reference", "sdpa-dense"}
     for row in rows:
+        assert row["device"].startswith("CPU") and row["torch"] == torch.__version__ and row["commit"]
         assert float(row["forward_ms"]) > 0 and float(row["backward_ms"]) > 0
         done = 4 * 2 * 16 * sum(area(mask(row["distribution"], 64, i)) for i in range(2)) / 1e9
         assert float(row["forward_tflops"]) == pytest.approx(done / float(row["forward_ms"]), rel=1e-2)
@@ -108,8 +110,20 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch):
     call, _ = PEERS["reference"](case)
     assert wrong(call, case) < 4 and wrong(lambda: call() * 1.001, case) > benchmark.TOLERANCE
     monkeypatch.setitem(PEERS, "reference", lambda case: (lambda: call() * 1.001, case.qkv[:3]))
-    with pytest.raises(RuntimeError, match="reference on t2i of 64 is wrong"):
-        run(monkeypatch, "--out", tmp_path, *SMALL, "--distributions", "t2i", "--peers", "reference")
+    with pytest.raises(SystemExit, match="reference on t2i of 64: wrong by"):
+        run(monkeypatch, "--out", tmp_path, *SMALL, "--distributions", "t2i")
+    rows = {row["peer"]: row for row in csv.DictReader((tmp_path / "attention.csv").open())}
+    assert not rows["reference"]["forward_ms"] and rows["sdpa-dense"]["forward_ms"], "the others are measured"
+
+
+def test_a_peer_that_gives_up_is_a_row_that_says_why(tmp_path, monkeypatch):
+    def gives_up(case):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setitem(PEERS, "sdpa-dense", gives_up)
+    run(monkeypatch, "--out", tmp_path, *SMALL, "--distributions", "t2i")
+    notes = {row["peer"]: row["note"] for row in csv.DictReader((tmp_path / "attention.csv").open())}
+    assert notes == {"reference": "", "sdpa-dense": "RuntimeError: no kernel"}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +131,7 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch):
     [
         (("--heads", "3:2"), "a multiple of the second"),
         (("--distributions", "nothing"), "invalid choice"),
-        *([] if torch.cuda.is_available() else [(("--device", "cuda"), "sees no GPU")]),
+        *([] if CUDA else [(("--device", "cuda"), "sees no GPU")]),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(tmp_path, monkeypatch, capsys, arguments, why):

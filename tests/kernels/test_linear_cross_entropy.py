@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import KERNEL_DEVICE as DEVICE
+from devices import ON_KERNEL_DEVICE
 from mm_kernels.vocab_loss import IGNORE, linear_cross_entropy
 from mm_kernels.vocab_loss.linear import LinearCrossEntropy, default_chunk
 from mm_kernels.vocab_loss.memory import LiveBytes
 from torch.torch_version import TorchVersion
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = ON_KERNEL_DEVICE
 REAL, ROWS, WIDTH, ENTRIES = 37, (3, 7), 16, 40
 
 

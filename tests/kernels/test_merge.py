@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from attention_cases import DEVICE
+from devices import KERNEL_DEVICE as DEVICE
+from devices import ON_KERNEL_DEVICE
 from mm_kernels.span_attention import merge_fused
 from mm_kernels.span_attention.merge import merge_, merge_reference_
 
+pytestmark = ON_KERNEL_DEVICE
 B, S, H, D = 2, 37, 3, 24
 NOTHING = float("-inf")
 

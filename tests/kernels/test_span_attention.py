@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import DEVICE, NAMES, Case, dense, error, exact, packs, with_gradients
+from devices import ON_KERNEL_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_kernels.span_attention import launch
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from megatron_mm import mask as masks
 
+pytestmark = ON_KERNEL_DEVICE
 # Triton's interpreter computes bf16 wrongly.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import DEVICE, Case
+from devices import ON_KERNEL_DEVICE
 from mm_kernels.span_attention import op
 from mm_kernels.span_attention.configs import TileConfig, candidates
 from mm_kernels.span_attention.launch import Problem
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_mm import mask as masks
 
+pytestmark = ON_KERNEL_DEVICE
 MASK = masks.concatenate([masks.with_spans(40, [(4, 36)]), masks.hide_after(masks.causal(20), [(3, 9)])], 64)[None]
 
 
@@ -67,7 +69,6 @@ def test_recompute_gives_the_same_bits():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
 def test_cuda_graphs_replay_with_other_masks():
     qkv, mask = problem(torch.bfloat16)
     for _ in range(2):  # compiled and tuned before the capture
@@ -116,6 +117,7 @@ def test_choices_of_several_processes_end_up_in_one_file(tmp_path):
 
 def test_the_first_choice_is_measured_once_and_then_read(tmp_path, monkeypatch):
     monkeypatch.setenv("MM_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("MM_KERNELS_AUTOTUNE", "1")
     (q, k, v), mask = problem(torch.float16)
     call, runs = Problem(q, k, v, mask[:, :2], None, 1.0), []
     first = choose("dq", call, runs.append)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import KERNEL_DEVICE as DEVICE
+from devices import ON_KERNEL_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_kernels.vocab_loss import IGNORE, fused, logit_gradient_, reference, row_statistics
@@ -10,15 +12,14 @@ from mm_kernels.vocab_loss.fused import BLOCK
 
 from megatron_mm import types
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes bf16 wrongly.
-TRITON_DTYPES = [torch.float64, torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+TRITON_DTYPES = [torch.float64, torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 IMPLEMENTATIONS = [
     *(pytest.param(fused, dtype, id=f"triton-{dtype}") for dtype in TRITON_DTYPES),
     *(pytest.param(reference, dtype, id=f"torch-{dtype}") for dtype in [*TRITON_DTYPES[:3], torch.bfloat16]),
 ]
 # The interpreter's numpy remarks on log(0), which is the -inf that is wanted.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"), *ON_KERNEL_DEVICE]
 
 WIDTHS = st.one_of(st.integers(1, 300), st.integers(BLOCK - 1, BLOCK + 1), st.integers(2 * BLOCK, 2 * BLOCK + 9))
 

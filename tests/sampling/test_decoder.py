@@ -47,7 +47,7 @@ def read_both_ways(model):
     h, w = model.family.grid
     at_once, by_piece, noises = [], [], []
     with torch.inference_mode():
-        expected = stage.back.logits(stage.hidden(Part.of(batch)).transpose(0, 1))
+        expected = stage.back.logits(stage.hidden(Part.of(batch.to(model.device))).transpose(0, 1))
     with Decoder.open(model, rows=3, capacity=max(lengths)) as decoder:
         rows = [2, 0]  # not a prefix of the cache's rows, and not in order
         prompts = [prompt_of(document, first) for document, first in zip(documents, firsts, strict=True)]
@@ -79,7 +79,7 @@ def read_both_ways(model):
                 at[i] += 1
     pairs = [(torch.stack(by_piece), torch.stack(at_once)), *noises]
     real = model.family.vocab.size
-    return [(ours[..., :real].numpy(), whole[..., :real].numpy()) for ours, whole in pairs]
+    return [(ours[..., :real].cpu().numpy(), whole[..., :real].cpu().numpy()) for ours, whole in pairs]
 
 
 def prompt_of(document, end):
@@ -93,7 +93,7 @@ def stage_without_cache(model, decoder, batch):
     assert caches
     for module, _ in caches:
         module.cache = None
-    hidden = model.stage.hidden(Part.of(batch)).transpose(0, 1)
+    hidden = model.stage.hidden(Part.of(batch.to(model.device))).transpose(0, 1)
     for module, cache in caches:
         module.cache = cache
     return hidden
@@ -103,9 +103,9 @@ def stage_without_cache(model, decoder, batch):
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [pytest.param("fp32", 1e-5, marks=pytest.mark.slow), ("fp64", 1e-12)]
 )
-def test_by_piece_equals_at_once(family, precision, tolerance, folder):
+def test_by_piece_equals_at_once(family, precision, tolerance, device, folder):
     extra = FP64 if precision == "fp64" else []
-    pairs = with_model(read_both_ways, config_for(family, folder, *extra))
+    pairs = with_model(read_both_ways, config_for(family, folder, *extra), device=device)
     assert len(pairs) == (1 if family.startswith(("chameleon", "janus")) else 3)
     for ours, whole in pairs:
         assert whole.std() > 0.1  # not a constant that anything would match

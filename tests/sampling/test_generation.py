@@ -79,8 +79,9 @@ def batched_and_single(model, mode):
         for mode in SAMPLERS[family.partition("_")[0]].modes
     ],
 )
-def test_batch_changes_nothing_and_seed_everything(family, mode, folder):
-    together, alone, fewer, reseeded = with_model(batched_and_single, config_for(family, folder), mode)
+def test_batch_changes_nothing_and_seed_everything(family, mode, device, folder):
+    config = config_for(family, folder)
+    together, alone, fewer, reseeded = with_model(batched_and_single, config, mode, device=device)
     assert len(together) == 10
     assert_same(together, alone)
     assert_same(together[:4], fewer)
@@ -99,8 +100,8 @@ def write_wildly(model, seq_length):
 
 
 @pytest.mark.parametrize("family", ["transfusion", "chameleon"])
-def test_interleaved_grammar(family, folder):
-    documents = with_model(write_wildly, config_for(family, folder), 96)
+def test_interleaved_grammar(family, device, folder):
+    documents = with_model(write_wildly, config_for(family, folder), 96, device=device)
     kinds = [[kind for kind, _ in document] for document in documents]
     assert any("ImageSegment" in k[:-1] for k in kinds), "no text follows an image: choose another seed"
     for document in documents:
@@ -161,7 +162,7 @@ def at_once(model, sample):
     batch = pack([[document]], len(document.tokens), fields, model.family.vocab.pad, [[0]])
     stage = model.stage
     with torch.no_grad():
-        hidden = stage.hidden(Part.of(batch.to("cpu", stage.config.params_dtype)))
+        hidden = stage.hidden(Part.of(batch.to(model.device, stage.config.params_dtype)))
         return stage.back.logits(hidden.transpose(0, 1))[0].float(), document.tokens
 
 
@@ -190,10 +191,10 @@ def replay(model, scale):
                 codes, images = 0, images + 1
             else:
                 new += 1
-            uniform = torch.tensor([draws.random()], dtype=torch.float64)
+            uniform = torch.tensor([draws.random()], dtype=torch.float64, device=model.device)
             assert choose(logits[position - 1 : position], allowed[kind, None], uniform, 20.0, 1.0).item() == token
         if len(tokens) < 96 and new < WILD.max_new_tokens:
-            uniform = torch.tensor([draws.random()], dtype=torch.float64)
+            uniform = torch.tensor([draws.random()], dtype=torch.float64, device=model.device)
             kind = Next.TEXT_OR_IMAGE if 96 - len(tokens) >= 18 else Next.TEXT
             assert choose(logits[-1:], allowed[kind, None], uniform, 20.0, 1.0).item() == vocab.eos
     return images
@@ -204,8 +205,9 @@ def images_of(document):
 
 
 @pytest.mark.parametrize(("family", "scale"), [("transfusion", 1.0), ("chameleon", 1.0), ("chameleon", 2.5)])
-def test_interleaved_equals_replay_without_cache(family, scale, folder):
-    assert with_model(replay, config_for(family, folder, *FP64), scale) >= 2, "too few images to show anything"
+def test_interleaved_equals_replay_without_cache(family, scale, device, folder):
+    images = with_model(replay, config_for(family, folder, *FP64), scale, device=device)
+    assert images >= 2, "too few images to show anything"
 
 
 def guided_image(model):
@@ -215,26 +217,26 @@ def guided_image(model):
     documents = [family.lay_out_prompt(Sample(0, "", (*prompt, generated))) for prompt in ([text(1, 2, 3)], [])]
     fields = {name: family.fields[name] for name in documents[0].fields}
     noise = Streams(3, 0, 0).generator("image", 0).standard_normal((1, 8, 8), dtype=np.float32)
-    x = torch.from_numpy(patchify(noise, 2))
+    x = torch.from_numpy(patchify(noise, 2)).to(model.device)
     timesteps = family.schedule.timesteps(5)
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
         eps = []
         for document in documents:
             (first, h, w), n = document.images[0], len(document.tokens)
             batch = pack([[document]], n, fields, family.vocab.pad, [[0]])
-            batch.fields["patches"][0, first : first + h * w] = x
+            batch.fields["patches"][0, first : first + h * w] = x.cpu()
             batch.fields["timestep"][0, first : first + h * w] = t
-            batch = batch.to("cpu", stage.config.params_dtype)
+            batch = batch.to(model.device, stage.config.params_dtype)
             with torch.no_grad():
                 out = stage.back.predict_noise(stage.hidden(Part.of(batch)).transpose(0, 1), batch)
             eps.append(out[0, first : first + h * w].float())
         x = family.schedule.step(x, eps[1] + 2.5 * (eps[0] - eps[1]), t, t_prev, clip=1.0)
-    return generated.data, unpatchify(x.numpy(), 4, 4, 2)
+    return generated.data, unpatchify(x.cpu().numpy(), 4, 4, 2)
 
 
 @pytest.mark.parametrize("family", ["transfusion", "transfusion_unet"])
-def test_guided_diffusion_equals_loop_without_cache(family, folder):
-    ours, plain_loop = with_model(guided_image, config_for(family, folder, *FP64))
+def test_guided_diffusion_equals_loop_without_cache(family, device, folder):
+    ours, plain_loop = with_model(guided_image, config_for(family, folder, *FP64), device=device)
     assert np.abs(ours).mean() > 0.1 and (np.abs(ours) < 1).mean() > 0.2  # neither empty nor all clipped
     np.testing.assert_allclose(ours, plain_loop, rtol=0, atol=1e-5)
 
@@ -248,11 +250,11 @@ def guided_codes(model):
     u = unconditional[1:17]  # behind BOS comes BOI, whose logits are the first code's
     logits = u + 2.5 * (conditional[4:20] - u)
     allowed = grammar(model.family.vocab, logits.shape[1], logits.device)[Next.CODE].expand(16, -1)
-    draws = torch.tensor(Streams(0, 0, 0).generator("text").random(16))
+    draws = torch.tensor(Streams(0, 0, 0).generator("text").random(16), device=model.device)
     expected = choose(logits, allowed, draws, 0.9, 0.8) - model.family.vocab.image_start
     return generated.data.ravel().tolist(), expected.tolist()
 
 
-def test_guided_codes_equal_plain_logits(folder):
-    ours, expected = with_model(guided_codes, config_for("chameleon", folder, *FP64))
+def test_guided_codes_equal_plain_logits(device, folder):
+    ours, expected = with_model(guided_codes, config_for("chameleon", folder, *FP64), device=device)
     assert ours == expected and len(set(ours)) > 3

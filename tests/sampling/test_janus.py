@@ -33,8 +33,8 @@ def code_logits(model, segments, without_prompt):
     stage = model.stage
     first = int(np.flatnonzero(document.fields["kind"] == DRAWN)[0])
     with torch.no_grad():
-        hidden = stage.hidden(Part.of(batch.to("cpu", stage.config.params_dtype))).transpose(0, 1)
-        return stage.back.code_logits(hidden)[0, first - 1 : first + 15]
+        hidden = stage.hidden(Part.of(batch.to(model.device, stage.config.params_dtype))).transpose(0, 1)
+        return stage.back.code_logits(hidden)[0, first - 1 : first + 15].cpu()
 
 
 def guided_codes(model, scale):
@@ -52,8 +52,8 @@ def guided_codes(model, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_codes_equal_plain_logits(scale, folder):
-    ours, expected = with_model(guided_codes, config_for("janus", folder, *FP64), scale)
+def test_codes_equal_plain_logits(scale, device, folder):
+    ours, expected = with_model(guided_codes, config_for("janus", folder, *FP64), scale, device=device)
     assert ours == expected and len(set(ours)) > 3
 
 
@@ -79,9 +79,9 @@ def what_it_writes(model):
     return [[s.ids.tolist() for s in document] for document in written]
 
 
-def test_text_depends_on_the_pixels_alone(folder):
+def test_text_depends_on_the_pixels_alone(device, folder):
     """Both images have the same codes, which understanding does not read."""
-    one, other = with_model(what_it_writes, config_for("janus", folder))
+    one, other = with_model(what_it_writes, config_for("janus", folder), device=device)
     assert one != other
 
 
@@ -100,6 +100,6 @@ def turns(model):
     return [[(s.ids if isinstance(s, TextSegment) else s.data).tolist() for s in side] for side in (document, expected)]
 
 
-def test_interleaved_reads_its_own_images(folder):
-    ours, expected = with_model(turns, config_for("janus", folder, *FP64))
+def test_interleaved_reads_its_own_images(device, folder):
+    ours, expected = with_model(turns, config_for("janus", folder, *FP64), device=device)
     assert ours == expected and len(ours) >= 4, "too few turns to show anything"

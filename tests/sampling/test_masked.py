@@ -64,9 +64,9 @@ def logits_of(model, tokens, mask):
     """[n, V] of one document, by one pass."""
     family, stage = model.family, model.stage
     document = Document(0, np.array(tokens), mask, {}, np.zeros((0, 3), dtype=np.int32))
-    batch = pack([[document]], len(tokens), {}, family.vocab.pad, [[0]])
+    batch = pack([[document]], len(tokens), {}, family.vocab.pad, [[0]]).to(model.device)
     with torch.no_grad():
-        return stage.back.logits(stage.hidden(Part.of(batch)).transpose(0, 1))[0]
+        return stage.back.logits(stage.hidden(Part.of(batch)).transpose(0, 1))[0].cpu()
 
 
 def document_mask(model, tokens, image):
@@ -114,8 +114,8 @@ def draw_plainly(model, steps, scale):
 
 @pytest.mark.parametrize("scale", [1.0, 6.0])
 @pytest.mark.parametrize("family", ["showo", "mmada"])
-def test_images_are_those_of_the_official_loop(family, scale, folder):
-    ours, plain_loop = with_model(draw_plainly, config_for(family, folder, *FP64), 6, scale)
+def test_images_are_those_of_the_official_loop(family, scale, device, folder):
+    ours, plain_loop = with_model(draw_plainly, config_for(family, folder, *FP64), 6, scale, device=device)
     assert ours == plain_loop and len(set(ours)) > 3
 
 
@@ -150,9 +150,9 @@ def answer_plainly(model, per_step, unit, block):
 
 
 @pytest.mark.parametrize(("per_step", "unit", "block"), [(1, 8, 8), (3, 8, 8), (1, 16, 8), (2, 8, 4)])
-def test_answers_are_those_of_lladas_loop(per_step, unit, block, folder):
+def test_answers_are_those_of_lladas_loop(per_step, unit, block, device, folder):
     config = config_for("mmada", folder, f"model.text_block={unit}", *FP64)
-    ours, plain_loop = with_model(answer_plainly, config, per_step, unit, block)
+    ours, plain_loop = with_model(answer_plainly, config, per_step, unit, block, device=device)
     assert ours == plain_loop and len(ours) > 0
 
 

@@ -1,7 +1,8 @@
 """`python -m mm_kernels.vocab_loss.benchmark --out DIR`: time and memory of the head with its loss, beside other ways.
 
-One row of DIR/vocab_loss.csv for each size and implementation: the median time of forward and backward, and the peak of
-memory above the inputs (both gradients included). Each runs in a process of its own. Peaks are
+One row of DIR/vocab_loss.csv for each size and implementation, appended as soon as it is measured: the median time of
+forward and backward, and the peak of memory above the inputs (both gradients included). Each runs in a process of its
+own; started again, the command goes on. Peaks are
 
     cuda   torch's allocator, after a warm-up
     cpu    the process's resident set (Linux), in its first call of the size
@@ -13,21 +14,20 @@ The others compute the mean cross-entropy alone; ours computes log Z and its gra
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from mm_kernels.rows import AROUND, Rows, around
 from mm_kernels.vocab_loss import linear_cross_entropy
 from mm_kernels.vocab_loss.memory import LiveBytes
 
@@ -46,7 +46,8 @@ Z_LOSS = 1e-5
 @dataclass(frozen=True)
 class Case:
     implementation: str
-    device: str
+    on: str
+    """The kind of device: one of `SIZES`."""
     tokens: int
     vocab: int
     hidden: int
@@ -60,9 +61,6 @@ class Row(Case):
     backward_ms: float | None = None
     peak_mib: float | None = None
     note: str = ""
-    machine: str = ""
-    torch: str = torch.__version__
-    triton: str = ""
 
 
 def ours(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -102,21 +100,23 @@ CUDA_ONLY = ("compiled", "liger")
 
 def measure(case: Case) -> Row:
     """Runs one case; what is missing or does not fit is a row that says so."""
-    row = partial(Row, **asdict(case), machine=_machine(case.device), triton=_version("triton"))
+    row = partial(Row, **asdict(case))
     try:
         loss = MAKERS[case.implementation]()
     except (ImportError, AttributeError) as error:
         return row(note=f"not installed: {error}")
     try:
         # On a CPU the warm-up is of another size: freed memory of this one would not count as new.
-        _run(loss, _inputs(replace(case, tokens=8, vocab=64) if case.device == "cpu" else case), case.device)
+        _run(loss, _inputs(replace(case, tokens=8, vocab=64) if case.on == "cpu" else case), case.on)
         inputs = _inputs(case)
-        peak = _peak_bytes(partial(_run, loss, inputs, case.device), case.device)
-        if case.device == "meta":
+        peak = _peak_bytes(partial(_run, loss, inputs, case.on), case.on)
+        if case.on == "meta":
             return row(peak_mib=peak / 2**20)
-        times = [_run(loss, inputs, case.device) for _ in range(case.repeats)]
+        times = [_run(loss, inputs, case.on) for _ in range(case.repeats)]
     except torch.OutOfMemoryError:
         return row(note="out of memory")
+    except Exception as error:  # compilers and other libraries raise anything: the other rows still count
+        return row(note=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     forward, backward = (statistics.median(column) for column in zip(*times, strict=True))
     return row(forward_ms=forward, backward_ms=backward, peak_mib=peak / 2**20)
 
@@ -124,10 +124,10 @@ def measure(case: Case) -> Row:
 def _inputs(case: Case) -> list[torch.Tensor]:
     """hidden, weight, labels: logits of unit variance, one label in eight left out."""
     torch.manual_seed(0)
-    options = {"device": case.device, "dtype": getattr(torch, case.dtype)}
+    options = {"device": case.on, "dtype": getattr(torch, case.dtype)}
     hidden = torch.randn(case.tokens, case.hidden, **options).requires_grad_()
     weight = torch.randn(case.vocab, case.hidden, **options).mul_(case.hidden**-0.5).requires_grad_()
-    labels = torch.randint(case.vocab, (case.tokens,), device=case.device)
+    labels = torch.randint(case.vocab, (case.tokens,), device=case.on)
     labels[::8] = -100
     return [hidden, weight, labels]
 
@@ -173,19 +173,6 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores" if device == "cpu" else "meta"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     sizes = SIZES[args.device]
     if args.tokens or args.vocab or args.hidden or args.dtype:
@@ -210,16 +197,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts")
     args = parser.parse_args()
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "vocab_loss.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        for case in cases(args):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    columns = [[*AROUND, *(field.name for field in fields(kind))] for kind in (Row, Case)]
+    rows = Rows(args.out / "vocab_loss.csv", *columns)
+    here = around(torch.device(args.device))
+    for case in cases(args):
+        if here | asdict(case) in rows:
+            continue
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            try:
                 row = process.submit(measure, case).result()
-            writer.writerow(asdict(row))
-            file.flush()
-            print(_line(row), flush=True)
+            except BrokenProcessPool:
+                row = Row(**asdict(case), note="its process was killed")
+        rows.append(here | asdict(row))
+        print(_line(row), flush=True)
 
 
 def _line(row: Row) -> str:

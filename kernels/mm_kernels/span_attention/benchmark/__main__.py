@@ -3,15 +3,14 @@
     python -m mm_kernels.span_attention.benchmark --out benchmarks/attention
 
 Appends one CSV row a case and implementation to OUT/attention.csv as soon as it is measured, and draws
-OUT/attention.png from all rows. Started again it goes on: what the file holds for this device and these versions is not
-measured twice. TFLOP/s count the mask's allowed pairs only, so that skipped work never inflates a figure. What does not
-first agree with an fp64 softmax is not timed.
+OUT/attention.png from all rows. Started again it goes on: what the file holds for this device, these versions and this
+commit is not measured twice. TFLOP/s count the mask's allowed pairs only, so that skipped work never inflates a figure.
+What does not first agree with an fp64 softmax is not timed, and its row says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Iterator
@@ -20,40 +19,54 @@ from pathlib import Path
 
 import torch
 
+from mm_kernels.rows import AROUND, Rows, around
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS
 from mm_kernels.span_attention.benchmark.measure import forward_backward, matrix_rate, median, wrong
 from mm_kernels.span_attention.benchmark.peers import PEERS, Case, block_mask
 from mm_kernels.span_attention.benchmark.plot import draw
 
-KEY = ("device", "torch", "triton", "distribution", "length", "batch", "heads", "kv_heads", "head_dim", "dtype", "peer")
+KEY = ("distribution", "length", "batch", "heads", "kv_heads", "head_dim", "dtype", "peer")
 FIGURES = ("forward_ms", "backward_ms", "mask_build_ms", "forward_tflops", "backward_tflops", "share_of_matrix_rate")
 TOLERANCE = 16
 """Error allowed before timing, in units of the last place of the largest result; flash-attn's own bf16 makes 2 to 4."""
 CHECKED = 4096
 """Up to this length results are checked: the fp64 softmax is S x S."""
+OURS = ("span", "reference")
+"""The command fails where one of these does."""
+
+
+DEVICE_LOST = torch.AcceleratorError.__name__
+"""How the note of a fault on the device begins, after which nothing runs in its process."""
 
 
 def main() -> None:
     args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "attention.csv"
-    known = {tuple(row[name] for name in KEY) for row in read(path)}
-    rate = matrix_rate(args.device)
-    print(f"{device_name(args.device)}: {f'{rate:.0f} TFLOP/s in bf16 matrix products' if rate else 'no matrix rate'}")
+    rows = Rows(args.out / "attention.csv", (*AROUND, *KEY, *FIGURES, "note"), (*AROUND, *KEY))
+    here, rate = around(args.device), matrix_rate(args.device)
+    print(f"{here['device']}: {f'{rate:.0f} TFLOP/s in bf16 matrix products' if rate else 'no matrix rate'}")
     deadline = time.monotonic() + args.budget
+    failed = []
     for case, peer in cases(args):
-        row = key(case, peer)
-        if tuple(row.values()) in known:
+        row = here | key(case, peer)
+        if row in rows:
             continue
         if time.monotonic() > deadline:
             print("The time is up; start the same command again to go on.")
             break
         figures = measure(case, peer, rate, args.milliseconds)
         if figures is not None:
-            append(path, row | figures)
-            print(" ".join(f"{row[name]:>12}" for name in KEY[3:]), *(f"{value:>8}" for value in figures.values()))
-            sys.stdout.flush()
-    draw(read(path), args.out / "attention.png")
+            rows.append(row | figures)
+            print(
+                " ".join(f"{row[name]:>12}" for name in KEY), *(f"{value:>8}" for value in figures.values()), flush=True
+            )
+            if figures["note"] and peer in OURS:
+                failed.append(f"{peer} on {case.distribution} of {case.length}: {figures['note']}")
+            if figures["note"].startswith(DEVICE_LOST):
+                failed.append(f"{peer} took the device with it; start the same command again to go on behind it.")
+                break
+    draw(rows.read(), args.out / "attention.png")
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def arguments() -> argparse.Namespace:
@@ -91,63 +104,33 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[Case, str]]:
             yield case, peer
 
 
-def key(case: Case, peer: str) -> dict[str, str]:
-    """What names a row, as text, the way the file holds it."""
+def key(case: Case, peer: str) -> dict[str, object]:
+    """What names a row on one machine."""
     dtype = str(case.dtype).removeprefix("torch.")
     sizes = (case.length, case.batch, case.heads, case.kv_heads, case.head_dim)
-    values = (device_name(case.device), torch.__version__, triton_version(), case.distribution, *sizes, dtype, peer)
-    return dict(zip(KEY, map(str, values), strict=True))
+    return dict(zip(KEY, (case.distribution, *sizes, dtype, peer), strict=True))
 
 
-def measure(case: Case, peer: str, rate: float | None, milliseconds: int) -> dict[str, object] | None:
-    """The figures of one row; empty ones where memory ran out; None where the peer cannot express the case.
-
-    Raises:
-        RuntimeError: the result is wrong.
-    """
+def measure(case: Case, peer: str, rate: float | None, milliseconds: int) -> dict[str, str] | None:
+    """The figures of one row, or a note that says why there are none; None where the peer cannot express the case."""
+    nothing = dict.fromkeys(FIGURES, "")
     try:
         made = PEERS[peer](case)
         if made is None:
             return None
         call, inputs = made
         if case.length <= CHECKED and (error := wrong(call, case)) > TOLERANCE:
-            raise RuntimeError(f"{peer} on {case.distribution} of {case.length} is wrong by {error:.0f} units.")
+            return nothing | {"note": f"wrong by {error:.0f} units"}
         forward, backward = forward_backward(call, inputs, case.qkv[3], milliseconds)
         build = median(block_mask(case), case.device, milliseconds) if peer == "flex" else 0.0
     except torch.OutOfMemoryError:
-        return dict.fromkeys(FIGURES, "")
+        return nothing | {"note": "out of memory"}
+    except Exception as error:  # compilers and other libraries raise anything: the other rows still count
+        return nothing | {"note": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
     done = case.forward_flops / 1e9
     share = 3.5 * done / (forward + backward) / rate if rate else float("nan")
     values = (forward, backward, build, done / forward, 2.5 * done / backward, share)
-    return {name: f"{value:.4g}" for name, value in zip(FIGURES, values, strict=True)}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*KEY, *FIGURES], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    return {name: f"{value:.4g}" for name, value in zip(FIGURES, values, strict=True)} | {"note": ""}
 
 
 if __name__ == "__main__":
