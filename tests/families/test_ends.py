@@ -23,10 +23,13 @@ META = torch.device("meta")
 
 @functools.cache
 def drawn(name):
+    """A family, and a batch with labels of every loss term and, where an encoder reads images, one of these."""
     options = ["run.name=test", "data.path=none", "data.seq_length=512"]
     config = compose([*MODELS[name], *options, "train.micro_batch_size=4", "train.global_batch_size=4"])
     family = build_family(config.model, 100)
-    return family, synthetic_steps(config, family, 100, 1)[0][0]
+    encodes = family.encoded_images(2, 2, "auto") > 0
+    batches = [batch for (batch,) in synthetic_steps(config, family, 100, 4)]
+    return family, next(b for b in batches if all(family.counts(b).values()) and bool(b.grids) == encodes)
 
 
 @pytest.fixture(params=MODELS)
@@ -37,7 +40,6 @@ def model(request):
     front, back = family.build_front(PlainOps()), family.build_back(PlainOps())
     for parameter in [*front.parameters(), *back.parameters()]:
         parameter.data.normal_(std=0.1)
-    assert all(family.counts(batch).values())
     return family, front, back, batch
 
 
