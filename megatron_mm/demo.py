@@ -116,7 +116,7 @@ def _draw_mask(run: Config, model: SamplingModel, path: Path) -> None:
     loader = StepLoader(plan, reader, model.family, run.data, run.train.seed, 1, 1, 0, 1)
     (batch,) = next(loader).batches
     loader.close()
-    plot_mask(batch.mask[0].numpy(), batch.images[:, 1:].numpy(), path)
+    plot_mask(batch.mask[0].numpy(), batch.images[:, 1:], path)
 
 
 def _sample_more(checkpoints: Path, draws: bool) -> str:

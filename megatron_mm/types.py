@@ -6,6 +6,8 @@ D hidden size, P numbers in one patch vector, V vocabulary entries.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -63,7 +65,8 @@ class Document:
     """A sample laid out as a sequence by its family, in coordinates of its own (0 .. n-1), already corrupted.
 
     tokens int64 [n]; mask int32 [3, n] (see `megatron_mm.mask`); fields: name -> array [n, ...], the family's own;
-    images int32 [m, 3]: (first position, grid height, grid width) of each image span.
+    images int32 [m, 3]: (first position, grid height, grid width) of each image span; encoded int32 [k, 3]: those of
+    them that networks over whole images read, in the family's front or back.
     """
 
     uid: int
@@ -71,15 +74,25 @@ class Document:
     mask: np.ndarray
     fields: dict[str, np.ndarray]
     images: np.ndarray
+    encoded: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+
+
+FRONT, BACK = "front", "back"
+"""The two ends of a model that a family makes."""
 
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """How one per-token field of a family is stored in a batch: dtype, trailing shape, and the value padding takes."""
+    """How one per-token field of a family is stored in a batch: dtype, trailing shape, and the value padding takes.
+
+    `readers`: the ends that read it. Floating-point values reach the front in the model's dtype, and the back as they
+    are stored: what is predicted, and its weight in a loss, are never rounded.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     fill: float
+    readers: tuple[str, ...] = (FRONT, BACK)
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,32 @@ class LossTerm:
 
 
 @dataclass(frozen=True)
+class Grids:
+    """Images of one size in rows [B, S]. index int64 [N * height * width]: their positions, row * S + place, one image
+    after the other."""
+
+    height: int
+    width: int
+    index: torch.Tensor
+
+    @staticmethod
+    def of(images: Iterable[Sequence[int]], length: int) -> tuple[Grids, ...]:
+        """Images as in `PackedBatch.images`, in rows of `length`: one entry a size, in the order of appearance."""
+        firsts: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, first, height, width in images:
+            firsts[int(height), int(width)].append(row * length + first)
+        return tuple(
+            Grids(h, w, torch.from_numpy((np.array(at, np.int64)[:, None] + np.arange(h * w)).ravel()))
+            for (h, w), at in firsts.items()
+        )
+
+    def images(self, length: int) -> list[tuple[int, int, int, int]]:
+        """The way back."""
+        firsts = self.index[:: self.height * self.width].tolist()
+        return [(*divmod(first, length), self.height, self.width) for first in firsts]
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch of packs: what the data path hands to the engine, the same for every family and layout.
 
@@ -99,16 +138,18 @@ class PackedBatch:
       in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key,
       row 5 the kind (0 is padding, from 1 on the modality).
     fields: name -> tensor [B, S, ...], read by the family's front, back and counts only.
-    images int32 [M, 4]: (row, first position, grid height, grid width) of every image span.
+    images int32 [M, 4]: (row, first position, grid height, grid width) of every image span; stays on the host.
     documents, real_tokens: how many documents and non-padding tokens the rows hold.
+    grids: the images that networks over whole images read.
     """
 
     tokens: torch.Tensor
     meta: torch.Tensor
     fields: dict[str, torch.Tensor]
-    images: torch.Tensor
+    images: np.ndarray
     documents: int
     real_tokens: int
+    grids: tuple[Grids, ...] = ()
 
     @property
     def mask(self) -> torch.Tensor:
@@ -123,5 +164,5 @@ class PackedBatch:
             tokens=move(self.tokens),
             meta=move(self.meta),
             fields={name: move(t) for name, t in self.fields.items()},
-            images=move(self.images),
+            grids=tuple(replace(grids, index=move(grids.index)) for grids in self.grids),
         )

@@ -38,7 +38,7 @@ def spread(
     with process_groups(ParallelConfig(context_parallel_size=world), 0, CPU, **init_kwargs):
         groups = make_groups([inner])[inner]
         meeting, outer = Meeting(needs(mask, assignment), comm == "ring", inner), groups.outer.rank()
-        plan = plan_attention(mask, assignment, meeting.stages(outer), outer, True, CPU)
+        plan = plan_attention(mask, assignment, meeting.stages(outer), outer, True)
         mine = torch.from_numpy(positions(assignment, inner)[rank])
         part = {name: tensor[mine] for name, tensor in tensors.items()}
         leaves = [part[name].requires_grad_() for name in "qkv"]

@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from megatron_mm.benchmark.profiling import ATTENTION
 from megatron_mm.nn.attention import Attention
 from megatron_mm.parallel.attention import SpanAttention
+from megatron_mm.parallel.context.shard import Shard
 from megatron_mm.types import PackedBatch
 
 
@@ -38,7 +39,7 @@ class FlexAttention:
             self._attend = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
             self._build = torch.compile(create_block_mask, dynamic=False)
 
-    def prepare(self, batch: PackedBatch) -> None:
+    def prepare(self, batch: PackedBatch | Shard) -> None:
         """Builds the block mask of a batch, on its device."""
         with record_function(ATTENTION):
             mask = batch.mask[:, : self._mask_rows]
@@ -70,7 +71,7 @@ class CausalAttention:
     def __init__(self, mask_rows: int) -> None:
         pass
 
-    def prepare(self, batch: PackedBatch) -> None:
+    def prepare(self, batch: PackedBatch | Shard) -> None:
         pass
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -115,7 +116,7 @@ VARIANTS = {
 def attending(model: nn.Module, attend: Attention | FlexAttention | CausalAttention) -> Iterator[None]:
     """Every attention layer of `model`, a `StageModel`, computes by `attend`; a peer prepares each batch first."""
     prepare = getattr(attend, "prepare", None)
-    hook = model.register_forward_pre_hook(lambda _, inputs: prepare(inputs[0].shard.front)) if prepare else None
+    hook = model.register_forward_pre_hook(lambda _, inputs: prepare(inputs[0].shard)) if prepare else None
     layers = [layer for layer in model.modules() if isinstance(layer, SpanAttention)]
     before = [layer.attend for layer in layers]
     for layer in layers:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_mm import mask
-from megatron_mm.types import MODALITIES, Document, FieldSpec, PackedBatch
+from megatron_mm.types import MODALITIES, Document, FieldSpec, Grids, PackedBatch
 
 TEXT, IMAGE = (1 + MODALITIES.index(name) for name in ("text", "image"))
 
@@ -32,7 +32,8 @@ def pack(
     tokens = np.full(shape, pad, dtype=np.int64)
     meta = np.zeros((len(rows), 6, seq_length), dtype=np.int32)
     values = {name: np.full(shape + spec.shape, spec.fill, dtype=spec.dtype) for name, spec in fields.items()}
-    images = []
+    images: list[Sequence[int]] = []
+    encoded: list[Sequence[int]] = []
     real_tokens = 0
     for row, (documents, keys) in enumerate(zip(rows, dropout_keys, strict=True)):
         start = 0
@@ -48,7 +49,8 @@ def pack(
             meta[row, 5, span] = TEXT
             for first, h, w in document.images:
                 meta[row, 5, start + first : start + first + h * w] = IMAGE
-            images += [(row, start + int(first), int(h), int(w)) for first, h, w in document.images]
+            for found, spans in ((images, document.images), (encoded, document.encoded)):
+                found += [(row, start + first, h, w) for first, h, w in spans.tolist()]
             start = end
         meta[row, :3] = mask.concatenate([document.mask for document in documents], seq_length)
         real_tokens += start
@@ -56,7 +58,8 @@ def pack(
         tokens=torch.from_numpy(tokens),
         meta=torch.from_numpy(meta),
         fields={name: torch.from_numpy(value) for name, value in values.items()},
-        images=torch.tensor(images, dtype=torch.int32).reshape(-1, 4),
+        images=np.array(images, np.int32).reshape(-1, 4),
         documents=sum(len(documents) for documents in rows),
         real_tokens=real_tokens,
+        grids=Grids.of(encoded, seq_length),
     )

@@ -148,7 +148,7 @@ class MegatronEngine:
     def prepare(self, batch: PackedBatch) -> MicroBatch:
         """What the host has to do for a micro-batch before its step; may run in a thread."""
         pairs = sum(area(row) for row in batch.mask.numpy()) if self.device.type != "cpu" else 0
-        return MicroBatch(self.context.part(batch), self.family.counts(batch), batch.real_tokens, pairs)
+        return MicroBatch(self.context.part(batch, self.device), self.family.counts(batch), batch.real_tokens, pairs)
 
     def step(self, batches: list[MicroBatch]) -> StepMetrics:
         """One optimizer step over this rank's micro-batches of the global batch."""
@@ -180,6 +180,7 @@ class MegatronEngine:
 
     def _run(self, parts: list[HostPart], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""
+        self.context.compare(parts)
         weights = weights.to(self.device)
 
         def loss_of(sums: torch.Tensor):
@@ -191,7 +192,8 @@ class MegatronEngine:
             )
 
         def forward_step(iterator, chunk):
-            return chunk(self.context.to(next(iterator), self.device, self.config.train.dtype)), loss_of
+            stage = chunk.module
+            return chunk(next(iterator).to(self.device, stage.pre_process, stage.post_process)), loss_of
 
         iterators = [iter(parts) for _ in self.chunks]
         stored = self._forward_backward(

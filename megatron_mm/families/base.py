@@ -107,8 +107,6 @@ class Family(Protocol):
     """Whether the mask is plain packed-causal, so that a causal kernel may compute it."""
     hides_keys: bool
     """Whether later queries may not see some keys (the mask's `until`); attention leaves that row out where none do."""
-    whole_images: bool
-    """Whether front and back mix the positions of an image, and so need every image that they see whole."""
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from megatron_mm.families.layout import arrange, next_token_labels, open_end, pr
 from megatron_mm.families.tokens import TokenFront, image_ids
 from megatron_mm.mask import causal
 from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.types import IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import BACK, IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample, Segment
 
 
 class Chameleon:
@@ -27,7 +27,6 @@ class Chameleon:
     name = "chameleon"
     causal = True
     hides_keys = False
-    whole_images = False
     pixels = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
@@ -36,7 +35,7 @@ class Chameleon:
         self.vocab = _vocabulary(config, text_vocab_size)
         self.image_codes = config.image_codes
         self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
-        self.fields = {"labels": FieldSpec("int64", (), IGNORE)}
+        self.fields = {"labels": FieldSpec("int64", (), IGNORE, (BACK,))}
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -37,7 +37,18 @@ from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import patchify
 from megatron_mm.nn.vision import Adaptor, VisionIn
-from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import (
+    BACK,
+    FRONT,
+    IGNORE,
+    Document,
+    FieldSpec,
+    ImageSegment,
+    LossTerm,
+    PackedBatch,
+    Sample,
+    Segment,
+)
 
 NO_IMAGE, SEEN, DRAWN = -1, 0, 1
 """Kinds of positions: outside images, of an image to understand, of one to generate."""
@@ -53,7 +64,6 @@ class Janus:
     name = "janus"
     causal = True
     hides_keys = False
-    whole_images = True
 
     def __init__(self, config: JanusConfig, text_vocab_size: int) -> None:
         self.config = config
@@ -70,11 +80,11 @@ class Janus:
             LossTerm("image", config.image_weight),
         )
         self.fields = {
-            "kind": FieldSpec("int8", (), NO_IMAGE),
-            "pixels": FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0),
-            "codes": FieldSpec("int64", (), 0),
-            "labels": FieldSpec("int64", (), IGNORE),
-            "code_labels": FieldSpec("int64", (), IGNORE),
+            "kind": FieldSpec("int8", (), NO_IMAGE, (FRONT,)),
+            "pixels": FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0, (FRONT,)),
+            "codes": FieldSpec("int64", (), 0, (FRONT,)),
+            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
+            "code_labels": FieldSpec("int64", (), IGNORE, (BACK,)),
         }
 
     @property
@@ -111,7 +121,7 @@ class Janus:
         labels[: max(given - 1, 0)] = IGNORE
         unlabelled = np.full(len(tokens), IGNORE, dtype=np.int64)
         fields |= {"labels": labels, "code_labels": unlabelled}
-        return Document(sample.uid, tokens, causal(len(tokens)), fields, images)
+        return Document(sample.uid, tokens, causal(len(tokens)), fields, images, _seen(images, fields))
 
     def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
         """See `Family.lay_out_prompt`: images with pixels are to be understood, others were generated. Raises as
@@ -119,7 +129,7 @@ class Janus:
         tokens, images, fields = self._sequence(sample, sample.segments, drawn=None)
         tokens = open_end(tokens, self.vocab, open_image)
         fields = {name: values[: len(tokens)] for name, values in fields.items()}
-        return Document(sample.uid, tokens, causal(len(tokens)), fields, images)
+        return Document(sample.uid, tokens, causal(len(tokens)), fields, images, _seen(images, fields))
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         labels = {"text": batch.fields["labels"], "image": batch.fields["code_labels"]}
@@ -167,6 +177,12 @@ class Janus:
         return tokens, images, {"kind": kind, "pixels": pixels, "codes": codes}
 
 
+def _seen(images: np.ndarray, fields: dict[str, np.ndarray]) -> np.ndarray:
+    """Those of a document's images that are to be understood."""
+    seen: np.ndarray = images[fields["kind"][images[:, 0]] == SEEN]
+    return seen
+
+
 class JanusFront(nn.Module):
     """PackedBatch -> embeddings [B, S, D]."""
 
@@ -180,8 +196,7 @@ class JanusFront(nn.Module):
         self.code_adaptor = Adaptor(config.code_dim, hidden)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        kind, images = batch.fields["kind"], batch.images.long()
-        seen = self.vision(batch.fields["pixels"], images[kind[images[:, 0], images[:, 1]] == SEEN])
+        kind, seen = batch.fields["kind"], self.vision(batch.fields["pixels"], batch.grids)
         drawn = self.code_adaptor(self.code_embedding(batch.fields["codes"]))
         x = torch.where((kind == DRAWN)[..., None], drawn, self.embedding(batch.tokens))
         return torch.where((kind == SEEN)[..., None], seen, x)

@@ -14,12 +14,12 @@ from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import task_sequence
 from megatron_mm.families.tokens import TokenFront, image_ids
 from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.types import FieldSpec, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import BACK, FieldSpec, LossTerm, PackedBatch, Sample, Segment
 
 T2I, LM, MMU = range(3)
 """Numbers of the loss terms: masked image codes, text alone, text that has images to go by."""
 NO_TERM = -1
-TERM = FieldSpec("int8", (), NO_TERM)
+TERM = FieldSpec("int8", (), NO_TERM, (BACK,))
 
 
 class MaskedFamily:
@@ -28,7 +28,6 @@ class MaskedFamily:
 
     causal = False
     hides_keys = False
-    whole_images = False
     pixels = None
 
     def __init__(self, config: MaskedConfig, text_vocab_size: int) -> None:

@@ -16,6 +16,8 @@ before it, and those behind it are left out; answers of text end in EOS up to a 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_mm.config.masked import MMaDAConfig
@@ -24,7 +26,7 @@ from megatron_mm.data.masking import mask_image, mask_text
 from megatron_mm.families.layout import drop_condition, open_task, prompt_end, prompt_segments, task_of
 from megatron_mm.families.masked import LM, MMU, NO_TERM, T2I, TERM, MaskedFamily
 from megatron_mm.mask import full
-from megatron_mm.types import IGNORE, Document, FieldSpec, PackedBatch, Sample
+from megatron_mm.types import BACK, IGNORE, Document, FieldSpec, PackedBatch, Sample
 
 
 class MMaDA(MaskedFamily):
@@ -37,10 +39,10 @@ class MMaDA(MaskedFamily):
         super().__init__(config, text_vocab_size)
         self.config = config
         self.fields = {
-            "labels": FieldSpec("int64", (), IGNORE),
+            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
             "term": TERM,
-            "weight": FieldSpec("float32", (), 0.0),
-            "counted": TERM,
+            "weight": FieldSpec("float32", (), 0.0, (BACK,)),
+            "counted": replace(TERM, readers=()),
         }
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:

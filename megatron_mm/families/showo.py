@@ -23,7 +23,7 @@ from megatron_mm.data.masking import mask_image
 from megatron_mm.families.layout import drop_condition, next_token_labels, open_task, prompt_end, task_of
 from megatron_mm.families.masked import LM, MMU, NO_TERM, T2I, TERM, MaskedFamily
 from megatron_mm.mask import with_spans
-from megatron_mm.types import IGNORE, Document, FieldSpec, PackedBatch, Sample
+from megatron_mm.types import BACK, IGNORE, Document, FieldSpec, PackedBatch, Sample
 
 
 class Showo(MaskedFamily):
@@ -34,7 +34,7 @@ class Showo(MaskedFamily):
     def __init__(self, config: ShowoConfig, text_vocab_size: int) -> None:
         super().__init__(config, text_vocab_size)
         self.config = config
-        self.fields = {"labels": FieldSpec("int64", (), IGNORE), "term": TERM}
+        self.fields = {"labels": FieldSpec("int64", (), IGNORE, (BACK,)), "term": TERM}
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
         """Positions of a document; one without its caption turns out shorter."""

@@ -38,7 +38,18 @@ from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import TimestepEmbedding, patchify
 from megatron_mm.nn.siglip import siglip
-from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import (
+    BACK,
+    FRONT,
+    IGNORE,
+    Document,
+    FieldSpec,
+    ImageSegment,
+    LossTerm,
+    PackedBatch,
+    Sample,
+    Segment,
+)
 
 NO_TIME = -1
 """Time of a position that has none."""
@@ -54,7 +65,6 @@ class ShowoFlow(PatchGrid):
     name = "showo_flow"
     causal = False
     hides_keys = False
-    whole_images = True
     image_codes = 0
     pixels = None
 
@@ -67,11 +77,11 @@ class ShowoFlow(PatchGrid):
         self.times = FlowTimes(self.grid[0] * self.grid[1], config.time_shift)
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", config.ntp_weight), LossTerm("image", config.flow_weight))
         self.fields = {
-            "patches": FieldSpec("float32", (self.patch_dim,), 0.0),
-            "velocity": FieldSpec("float32", (self.patch_dim,), 0.0),
-            "time": FieldSpec("int32", (), NO_TIME),
-            "clock": FieldSpec("int32", (), NO_TIME),
-            "labels": FieldSpec("int64", (), IGNORE),
+            "patches": FieldSpec("float32", (self.patch_dim,), 0.0, (FRONT,)),
+            "velocity": FieldSpec("float32", (self.patch_dim,), 0.0, (BACK,)),
+            "time": FieldSpec("int32", (), NO_TIME, (FRONT, BACK)),
+            "clock": FieldSpec("int32", (), NO_TIME, (FRONT,)),
+            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
         }
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
@@ -98,14 +108,14 @@ class ShowoFlow(PatchGrid):
         labels[: max(prompt_end(sample, lambda given: self._sequence(sample, given, None)[0]) - 1, 0)] = IGNORE
         if task == "generation":
             labels[:] = IGNORE
-        return Document(sample.uid, tokens, _mask(len(tokens), images), {**fields, "labels": labels}, images)
+        return Document(sample.uid, tokens, _mask(len(tokens), images), {**fields, "labels": labels}, images, images)
 
     def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
         """See `Family.lay_out_prompt`: images are clean. Raises as `lay_out` does."""
         tokens, images, fields = self._sequence(sample, sample.segments, None)
         tokens = open_end(tokens, self.vocab, open_image)
         fields = {name: fields[name][: len(tokens)] for name in ("patches", "time", "clock")}
-        return Document(sample.uid, tokens, _mask(len(tokens), images), fields, images)
+        return Document(sample.uid, tokens, _mask(len(tokens), images), fields, images, images)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {
@@ -163,7 +173,7 @@ class ShowoFlowFront(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         patches, time, clock = (batch.fields[name] for name in ("patches", "time", "clock"))
-        image = self.fusion(self.semantic(patches, batch.images), self.projector(patches))
+        image = self.fusion(self.semantic(patches, batch.grids), self.projector(patches))
         x = torch.where((time != NO_TIME)[..., None], image, self.embedding(batch.tokens))
         return torch.where((clock != NO_TIME)[..., None], self.time(clock / 1000), x)
 
@@ -184,7 +194,7 @@ class ShowoFlowBack(nn.Module):
 
     def predict_velocity(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The velocity of every patch vector [B, S, P]; zero where there is no patch."""
-        return self.flow(hidden, batch.fields["time"] / 1000, batch.images)
+        return self.flow(hidden, batch.fields["time"] / 1000, batch.grids)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         text, _ = self.head.cross_entropy(hidden, batch.fields["labels"])

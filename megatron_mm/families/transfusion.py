@@ -27,7 +27,7 @@ from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import LinearPatchIn, LinearPatchOut, patchify
 from megatron_mm.nn.unet import UNetPatchIn, UNetPatchOut
-from megatron_mm.types import IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample
+from megatron_mm.types import BACK, FRONT, IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample
 
 CODECS = ("linear", "unet")
 NO_PATCH = -1
@@ -58,10 +58,10 @@ class Transfusion(PatchGrid):
         self.schedule = DDPMSchedule(config.num_train_timesteps)
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", 1.0), LossTerm("image", config.ddpm_weight))
         self.fields = {
-            "patches": FieldSpec("float32", (self.patch_dim,), 0.0),
-            "noise": FieldSpec("float32", (self.patch_dim,), 0.0),
-            "timestep": FieldSpec("int32", (), NO_PATCH),
-            "labels": FieldSpec("int64", (), IGNORE),
+            "patches": FieldSpec("float32", (self.patch_dim,), 0.0, (FRONT,)),
+            "noise": FieldSpec("float32", (self.patch_dim,), 0.0, (BACK,)),
+            "timestep": FieldSpec("int32", (), NO_PATCH, (FRONT, BACK)),
+            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
         }
 
     def length(self, text_tokens: int, texts: int, images: int) -> int:
@@ -99,7 +99,7 @@ class Transfusion(PatchGrid):
         given = prompt_end(sample, lambda segments: token_sequence(segments, self.vocab, blank)[0])
         labels[: max(given - 1, 0)] = IGNORE
         fields = {"patches": patches, "noise": noise, "timestep": timestep, "labels": labels}
-        return Document(sample.uid, tokens, with_spans(n, spans), fields, images)
+        return Document(sample.uid, tokens, with_spans(n, spans), fields, images, self._encoded(images))
 
     def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
         """See `Family.lay_out_prompt`: images are clean, at timestep 0. Raises as `lay_out` does."""
@@ -113,7 +113,7 @@ class Transfusion(PatchGrid):
             patches[first:end] = patchify(x0, self.config.patch_size)
             timestep[first:end] = 0
         fields = {"patches": patches, "timestep": timestep}
-        return Document(sample.uid, tokens, with_spans(len(tokens), spans), fields, images)
+        return Document(sample.uid, tokens, with_spans(len(tokens), spans), fields, images, self._encoded(images))
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {
@@ -126,6 +126,10 @@ class Transfusion(PatchGrid):
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return TransfusionBack(self.config, self.vocab, self.patch_dim, ops)
+
+    def _encoded(self, images: np.ndarray) -> np.ndarray:
+        """What `Document.encoded` is: all images, or none."""
+        return images if self.whole_images else images[:0]
 
     def _draw_timestep(self, streams: Streams, image: int, image_first: bool) -> int:
         end = self.config.num_train_timesteps
@@ -149,7 +153,7 @@ class TransfusionFront(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         timestep = batch.fields["timestep"]
-        image = self.patch_in(batch.fields["patches"], timestep, batch.images)
+        image = self.patch_in(batch.fields["patches"], timestep, batch.grids)
         return torch.where((timestep != NO_PATCH)[..., None], image, self.embedding(batch.tokens))
 
 
@@ -173,7 +177,7 @@ class TransfusionBack(nn.Module):
 
     def predict_noise(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The noise in every patch vector [B, S, P]; meaningless where there is no patch."""
-        return self.patch_out(hidden, batch.images)
+        return self.patch_out(hidden, batch.grids)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         text, _ = self.head.cross_entropy(hidden, batch.fields["labels"])

@@ -16,6 +16,7 @@ from torch import nn
 
 from megatron_mm.config.unimoe import UniMoEConfig
 from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.pack import IMAGE
 from megatron_mm.families.base import LossSums, Vocabulary
 from megatron_mm.families.layout import in_task_order, next_token_labels, open_end, prompt_end, task_of, token_sequence
 from megatron_mm.families.patches import pixels_of
@@ -24,7 +25,18 @@ from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import patchify
 from megatron_mm.nn.vision import VisionIn
-from megatron_mm.types import IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import (
+    BACK,
+    FRONT,
+    IGNORE,
+    Document,
+    FieldSpec,
+    ImageSegment,
+    LossTerm,
+    PackedBatch,
+    Sample,
+    Segment,
+)
 
 
 class UniMoE:
@@ -36,7 +48,6 @@ class UniMoE:
     name = "unimoe"
     causal = True
     hides_keys = False
-    whole_images = True
 
     def __init__(self, config: UniMoEConfig, text_vocab_size: int) -> None:
         self.config = config
@@ -46,8 +57,8 @@ class UniMoE:
         self.pixels = config.image
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", 1.0),)
         self.fields = {
-            "pixels": FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0),
-            "labels": FieldSpec("int64", (), IGNORE),
+            "pixels": FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0, (FRONT,)),
+            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
         }
 
     @property
@@ -80,13 +91,13 @@ class UniMoE:
             labels[first - 2 : first + h * w] = IGNORE  # from the one before BOI, whose next token is BOI, to EOI
         given = prompt_end(sample, lambda segments: self._sequence(sample, segments)[0])
         labels[: max(given - 1, 0)] = IGNORE
-        return Document(sample.uid, tokens, causal(len(tokens)), {"pixels": pixels, "labels": labels}, images)
+        return Document(sample.uid, tokens, causal(len(tokens)), {"pixels": pixels, "labels": labels}, images, images)
 
     def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
         """See `Family.lay_out_prompt`; raises as `lay_out` does."""
         tokens, images, pixels = self._sequence(sample, sample.segments)
         tokens = open_end(tokens, self.vocab, open_image)
-        return Document(sample.uid, tokens, causal(len(tokens)), {"pixels": pixels[: len(tokens)]}, images)
+        return Document(sample.uid, tokens, causal(len(tokens)), {"pixels": pixels[: len(tokens)]}, images, images)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {"text": int((batch.fields["labels"] != IGNORE).sum())}
@@ -118,11 +129,8 @@ class UniMoEFront(nn.Module):
         self.vision = VisionIn(config.encoder, hidden, config.encoder_path, config.freeze_encoder, adaptor=linear)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        x, images = self.embedding(batch.tokens), batch.images.long()
-        seen = torch.zeros_like(batch.tokens, dtype=torch.bool)
-        for row, first, h, w in images.tolist():
-            seen[row, first : first + h * w] = True
-        return torch.where(seen[..., None], self.vision(batch.fields["pixels"], images), x)
+        seen = self.vision(batch.fields["pixels"], batch.grids)
+        return torch.where((batch.meta[:, 5] == IMAGE)[..., None], seen, self.embedding(batch.tokens))
 
 
 class UniMoEBack(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron_mm.nn.images import over_images
 from megatron_mm.nn.init import adopt, linear
 from megatron_mm.nn.patch import TimestepEmbedding
 from megatron_mm.nn.siglip import siglip
+from megatron_mm.types import Grids
 
 
 class SemanticLayers(nn.Module):
@@ -28,7 +30,7 @@ class SemanticLayers(nn.Module):
         self.position = nn.Parameter(torch.zeros(grid[0] * grid[1], self.width))
         self.layers = adopt(siglip().SiglipEncoder(config))
 
-    def forward(self, patches: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
         return over_images(self._read, [patches], images, self.width, self)
 
     def _read(self, grids: torch.Tensor) -> torch.Tensor:
@@ -63,7 +65,7 @@ class FlowHead(nn.Module):
         self.modulate = linear(hidden_size, 2 * hidden_size, std=0.0)
         self.out = linear(hidden_size, patch_dim, std=0.0)
 
-    def forward(self, hidden: torch.Tensor, time: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, time: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
         return over_images(self._predict, [hidden, time], images, self.patch_dim, self)
 
     def _predict(self, hidden: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ pixel_shuffle. Shape legend: B rows, S positions, D hidden size, h x w patches o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_mm.nn.init import linear
+from megatron_mm.types import Grids
 
 HALF = 128
 """Frequencies of the timestep embedding; each gives a cosine and a sine."""
@@ -59,7 +61,7 @@ class LinearPatchIn(nn.Module):
         self.time = TimestepEmbedding(patch_dim)
         self.proj = linear(patch_dim, hidden_size)
 
-    def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
         return self.proj(patches + self.time(timestep))
 
 
@@ -70,5 +72,5 @@ class LinearPatchOut(nn.Module):
         super().__init__()
         self.proj = linear(hidden_size, patch_dim, std=0.0)
 
-    def forward(self, hidden: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
         return self.proj(hidden)

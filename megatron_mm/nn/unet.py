@@ -9,6 +9,8 @@ size in one go, and put back. Positions outside images get zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 from megatron_mm.nn.images import over_images
 from megatron_mm.nn.init import conv
 from megatron_mm.nn.patch import TimestepEmbedding
+from megatron_mm.types import Grids
 
 
 class UNetPatchIn(nn.Module):
@@ -32,7 +35,7 @@ class UNetPatchIn(nn.Module):
             blocks += [conv(narrow, wide, stride=2), ResBlock(wide)]
         self.blocks = nn.Sequential(*blocks, LayerNorm2d(widths[-1]), conv(widths[-1], hidden_size, kernel=1))
 
-    def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
         down = lambda grid: self.blocks(F.pixel_shuffle(grid.movedim(-1, 1), self.patch_size)).movedim(1, -1)  # noqa: E731
         return over_images(down, [patches + self.time(timestep)], images, self.hidden_size, self)
 
@@ -50,7 +53,7 @@ class UNetPatchOut(nn.Module):
             blocks += [nn.Upsample(scale_factor=2), conv(wide, narrow), ResBlock(narrow)]
         self.blocks = nn.Sequential(*blocks, LayerNorm2d(widths[-1]), nn.SiLU(), conv(widths[-1], channels, std=0.0))
 
-    def forward(self, hidden: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
         up = lambda grid: F.pixel_unshuffle(self.blocks(grid.movedim(-1, 1)), self.patch_size).movedim(1, -1)  # noqa: E731
         return over_images(up, [hidden], images, self.patch_dim, self)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_mm.config.janus import EncoderConfig
 from megatron_mm.nn.images import over_images
 from megatron_mm.nn.init import linear, scale_init
 from megatron_mm.nn.siglip import siglip
+from megatron_mm.types import Grids
 
 _PREFIX = "vision_model."
 """What older SigLIP files put before the names of the vision half."""
@@ -69,8 +70,8 @@ class VisionIn(nn.Module):
         if self.path is not None:
             load_siglip(self.encoder, Path(self.path), self.config)
 
-    def forward(self, patches: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """images int [M, 4] as in `PackedBatch`, those that are to be read."""
+    def forward(self, patches: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
+        """`images`: those that are to be read."""
         return over_images(self._read, [patches], images, self.hidden_size, self)
 
     def _read(self, patches: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,17 @@ class Layout:
         """True on one rank for each part of the batch: the last stage's first tensor rank."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
+    @property
+    def ends(self) -> list[tuple[bool, bool]]:
+        """Of each of this rank's model chunks, whether it is the model's first and whether its last."""
+        return [
+            (
+                self.pp_rank == 0 and stage == 0,
+                self.pp_rank == self.pp_size - 1 and stage == self.virtual_stages - 1,
+            )
+            for stage in range(self.virtual_stages)
+        ]
+
     def describe(self) -> str:
         return (
             f"world {self.world_size} = tensor {self.tp_size} x pipeline {self.pp_size}"

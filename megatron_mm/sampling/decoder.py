@@ -15,7 +15,7 @@ from megatron_mm.parallel.attention import caching
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.stages import through_stages
 from megatron_mm.sampling.model import SamplingModel
-from megatron_mm.types import Document, PackedBatch
+from megatron_mm.types import Document, Grids, PackedBatch
 
 
 class Decoder:
@@ -83,10 +83,11 @@ def piece(
     """The next n tokens of b rows, all of one shape, in coordinates that start at 0.
 
     Args:
-        tokens: int64 [b, n]; hi: int [n], where each token's keys end; causal if None. The rest as in `PackedBatch`.
+        tokens: int64 [b, n]; hi: int [n], where each token's keys end; causal if None. The rest as in `PackedBatch`;
+            networks over whole images read all of `images`.
     """
     b, n = tokens.shape
     meta = torch.zeros(b, 6, n, dtype=torch.int32)
     meta[:, 1] = torch.arange(1, n + 1) if hi is None else torch.from_numpy(hi)
-    where = torch.tensor(images, dtype=torch.int32).reshape(-1, 4)
-    return PackedBatch(torch.from_numpy(tokens), meta, fields or {}, where, documents=b, real_tokens=b * n)
+    where = np.array(images, np.int32).reshape(-1, 4)
+    return PackedBatch(torch.from_numpy(tokens), meta, fields or {}, where, b, b * n, Grids.of(images, n))

@@ -34,7 +34,7 @@ class JanusSampler(Sampler):
         tokens = np.full_like(prompt.tokens, self.vocab.pad)
         tokens[[0, -1]] = self.vocab.bos, self.vocab.boi
         kind = np.full_like(prompt.fields["kind"], NO_IMAGE)
-        return replace(prompt, tokens=tokens, fields=prompt.fields | {"kind": kind})
+        return replace(prompt, tokens=tokens, fields=prompt.fields | {"kind": kind}, encoded=prompt.encoded[:0])
 
     def write(self, prompts: Sequence[Document]) -> None:
         if self.draws_at_once:

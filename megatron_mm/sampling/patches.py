@@ -58,9 +58,8 @@ class PatchSampler(Sampler):
         if self.guided:
             indices, x = indices + self.twins(rows), torch.cat([x, x])
         batch = self.batch(np.full((len(x), self.before_image + x.shape[1]), self.vocab.pad), x, time)
-        predicted = self.predict(self.decoder.forward(indices, batch, keep=0), batch)[:, self.before_image :].to(
-            x.dtype
-        )
+        hidden = self.decoder.forward(indices, batch, keep=0)
+        predicted = self.predict(hidden, batch.to(self.model.device))[:, self.before_image :].to(x.dtype)
         return guide(*predicted.chunk(2), self.scale) if self.guided else predicted
 
     def batch(self, tokens: np.ndarray, patches: torch.Tensor | None = None, time: int = 0) -> PackedBatch:

@@ -17,7 +17,7 @@ S, HEADS, GROUPS, D = 160, 4, 2, 16
 
 def batch_of(*rows: np.ndarray) -> PackedBatch:
     meta = np.concatenate([np.stack(rows), np.zeros((len(rows), 2, S), np.int32)], axis=1)
-    return PackedBatch(torch.zeros(len(rows), S).long(), torch.from_numpy(meta), {}, torch.zeros(0, 4).int(), 1, S)
+    return PackedBatch(torch.zeros(len(rows), S).long(), torch.from_numpy(meta), {}, np.zeros((0, 4), np.int32), 1, S)
 
 
 def qkv(rows: int) -> list[torch.Tensor]:

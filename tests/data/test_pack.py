@@ -62,14 +62,14 @@ def test_padding_sees_and_is_seen_by_nothing(batch):
 
 
 def test_images_and_counts(batch):
-    assert batch.images.dtype == torch.int32
+    assert batch.images.dtype == np.int32
     assert batch.images.tolist() == [[0, 2, 1, 4], [0, 14, 1, 3], [1, 5, 1, 4]]
     assert (batch.documents, batch.real_tokens) == (4, 22 + 24)
 
 
 def test_no_images_at_all():
     batch = pack([[make_document(1, 3)]], 4, FIELDS, 0, [[1]])
-    assert batch.images.shape == (0, 4) and batch.images.dtype == torch.int32
+    assert batch.images.shape == (0, 4) and batch.images.dtype == np.int32
 
 
 def test_overflow_is_a_bug_and_stops():

@@ -118,7 +118,7 @@ def test_the_front_puts_both_paths_and_the_time_in_their_places(sample, packed):
     torch.testing.assert_close(x[text], front.embedding(batch.tokens)[text])
     torch.testing.assert_close(x[clock >= 0], front.time(clock[clock >= 0] / 1000))
     patches = batch.fields["patches"]
-    fused = front.fusion(front.semantic(patches, batch.images), front.projector(patches))
+    fused = front.fusion(front.semantic(patches, batch.grids), front.projector(patches))
     torch.testing.assert_close(x[time >= 0], fused[time >= 0])
     assert not torch.allclose(x[clock >= 0][0], x[clock >= 0][1]), "clean and noised"
 

@@ -8,8 +8,10 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
 from megatron_mm.nn.flow_head import AdaLayer, FlowHead, SemanticLayers
+from megatron_mm.types import Grids
 
-IMAGES = torch.tensor([[0, 1, 2, 2], [0, 6, 2, 2], [1, 3, 2, 2]], dtype=torch.int32)
+PLACES = [(0, 1, 2, 2), (0, 6, 2, 2), (1, 3, 2, 2)]
+IMAGES = Grids.of(PLACES, 12)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def randomised(module):
 
 def inside():
     where = torch.zeros(2, 12, dtype=torch.bool)
-    for row, first, h, w in IMAGES.tolist():
+    for row, first, h, w in PLACES:
         where[row, first : first + h * w] = True
     return where
 
@@ -46,7 +48,7 @@ def test_semantic_layers_are_siglips():
     patches = torch.randn(2, 12, 12, dtype=torch.float64)
     out = ours(patches, IMAGES)
     assert not out[~inside()].any()
-    for row, first, h, w in IMAGES.tolist():
+    for row, first, h, w in PLACES:
         image = F.fold(patches[row, first : first + 4].t()[None], (4, 4), 2, stride=2)
         expected = vision.encoder(inputs_embeds=embed(image)).last_hidden_state[0]
         torch.testing.assert_close(out[row, first : first + h * w], expected)
@@ -97,6 +99,6 @@ def test_flow_head_starts_at_zero_and_hears_of_time():
 
 
 def test_without_images_parameters_get_zero_gradients():
-    head, none = FlowHead(16, 2, 1, 4), torch.zeros(0, 4, dtype=torch.int32)
-    head(torch.randn(1, 3, 16), torch.zeros(1, 3), none).sum().backward()
+    head = FlowHead(16, 2, 1, 4)
+    head(torch.randn(1, 3, 16), torch.zeros(1, 3), ()).sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())

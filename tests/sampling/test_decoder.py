@@ -8,7 +8,7 @@ from tiny_models import config_for, with_model
 from megatron_mm.data.pack import pack
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.sampling.decoder import Decoder
-from megatron_mm.types import ImageSegment, PackedBatch, Sample, TextSegment
+from megatron_mm.types import Grids, ImageSegment, PackedBatch, Sample, TextSegment
 
 FAMILIES = ("transfusion", "transfusion_unet", "chameleon", "chameleon_phi", "janus")
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
@@ -36,7 +36,8 @@ def cut(batch: PackedBatch, rows, starts, n, images=()):
     meta = torch.stack([batch.meta[row, :, start : start + n] for row, start in zip(rows, starts, strict=True)])
     meta[:, 1] -= torch.tensor(starts, dtype=torch.int32)[:, None]
     fields = {name: take(t) for name, t in batch.fields.items()}
-    return PackedBatch(take(batch.tokens), meta, fields, torch.tensor(images, dtype=torch.int32).reshape(-1, 4), 0, 0)
+    where = np.array(images, np.int32).reshape(-1, 4)
+    return PackedBatch(take(batch.tokens), meta, fields, where, 0, 0, Grids.of(images, n))
 
 
 def read_both_ways(model):

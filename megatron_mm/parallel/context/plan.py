@@ -1,8 +1,11 @@
-"""From a schedule to tensors: what one rank's attention over one micro-batch works with, made once for all layers."""
+"""From a schedule to tensors: what one rank's attention over one micro-batch works with, made once for all layers.
+
+Made on the host; see `parallel.staging` for the way to the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +25,10 @@ class Rows:
     index: torch.Tensor | None
 
     @staticmethod
-    def of(indices: np.ndarray, device: torch.device) -> Rows:
+    def of(indices: np.ndarray) -> Rows:
         """int64 [n], n > 0."""
         together = bool((np.diff(indices) == 1).all())
-        return Rows(int(indices[0]), len(indices), None if together else torch.from_numpy(indices).to(device))
+        return Rows(int(indices[0]), len(indices), None if together else torch.from_numpy(indices))
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """[n, ...], dense if `tensor` is."""
@@ -56,7 +59,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """A `schedule.Stage` on the device; `part` and `rows` are None where the rank needs none of what arrives."""
+    """A `schedule.Stage` in tensors; `part` and `rows` are None where the rank needs none of what arrives."""
 
     relays: bool
     sends: dict[int, Rows]
@@ -86,29 +89,26 @@ def plan_attention(
     stages: Sequence[Stage],
     rank: int,
     hides_keys: bool,
-    device: torch.device,
 ) -> AttentionPlan:
-    """The plan of `rank`.
+    """The plan of `rank`, on the host.
 
     Args:
         mask: int32 [B, 3, S] of the whole rows. stages: of this rank.
         hides_keys: whether the mask's third row hides any key.
     """
-    parts = _Parts(mask, assignment, rank, hides_keys, device)
+    parts = _Parts(mask, assignment, rank, hides_keys)
     own = parts.make(assignment.positions(rank))
-    return AttentionPlan(own, tuple(_on_device(stage, parts, device) for stage in stages))
+    return AttentionPlan(own, tuple(_step(stage, parts) for stage in stages))
 
 
 class _Parts:
     """Makes the parts of one rank's queries."""
 
-    def __init__(self, mask: np.ndarray, assignment: Assignment, rank: int, hides_keys: bool, device: torch.device):
+    def __init__(self, mask: np.ndarray, assignment: Assignment, rank: int, hides_keys: bool):
         positions = assignment.positions(rank)
         self._rows = mask[:, :2, positions]
-        self._rows_on_device = torch.from_numpy(self._rows).to(device)
         self._until = mask[:, 2] if hides_keys else None
-        self._queries = _pieces(positions, device)
-        self._device = device
+        self._queries = _pieces(positions)
 
     def make(self, keys: np.ndarray) -> Part | None:
         """The part of some keys, by their positions int64 [K], ascending; None where no query needs them."""
@@ -117,25 +117,24 @@ class _Parts:
         end = max(int(np.searchsorted(lo, keys[-1], side="right")) for lo in self._rows[:, 0])
         if end <= first:
             return None
-        mask = local_index(self._rows_on_device[:, :, first:end], *_pieces(keys, self._device))
+        mask = local_index(torch.from_numpy(self._rows[:, :, first:end]), *_pieces(keys))
         until = None
         if self._until is not None:
-            hidden = torch.from_numpy(self._until[:, keys]).to(self._device)
-            until = (local_index(hidden, *self._queries) - first).clamp_(min=0)
+            until = (local_index(torch.from_numpy(self._until[:, keys]), *self._queries) - first).clamp_(min=0)
         return Part(first, end - first, mask, until)
 
 
-def _pieces(positions: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pieces(positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(starts, sizes) of the runs of ascending positions, int32."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     starts = positions[np.concatenate([[0], breaks])]
     sizes = np.diff(np.concatenate([[0], breaks, [len(positions)]]))
-    return tuple(torch.from_numpy(values.astype(np.int32)).to(device) for values in (starts, sizes))
+    return torch.from_numpy(starts.astype(np.int32)), torch.from_numpy(sizes.astype(np.int32))
 
 
-def _on_device(stage: Stage, parts: _Parts, device: torch.device) -> Step:
-    def rows(of: dict[int, np.ndarray]) -> dict[int, Rows]:
-        return {peer: Rows.of(indices, device) for peer, indices in of.items()}
+def _step(stage: Stage, parts: _Parts) -> Step:
+    def rows(of: Mapping[int, np.ndarray]) -> dict[int, Rows]:
+        return {peer: Rows.of(indices) for peer, indices in of.items()}
 
     used = len(stage.keys) > 0
     part = parts.make(stage.keys) if used else None
@@ -144,7 +143,7 @@ def _on_device(stage: Stage, parts: _Parts, device: torch.device) -> Step:
         sends=rows(stage.sends),
         receives=dict(stage.receives),
         part=part,
-        rows=Rows.of(stage.rows, device) if used else None,
+        rows=Rows.of(stage.rows) if used else None,
         returns=rows(stage.returns),
         homes=rows(stage.homes),
     )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -13,17 +17,16 @@ from megatron.core import parallel_state as mpu
 
 from megatron_mm.config.compose import Config
 from megatron_mm.families.base import Family
-from megatron_mm.parallel.context.assignment import Assignment
 from megatron_mm.parallel.context.groups import Groups, connect, make_groups
 from megatron_mm.parallel.context.plan import AttentionPlan, plan_attention
 from megatron_mm.parallel.context.predict import Hardware, Work
 from megatron_mm.parallel.context.ring import PartialAttention, ring_attention
-from megatron_mm.parallel.context.schedule import Stage
 from megatron_mm.parallel.context.shard import Shard, shard, whole
 from megatron_mm.parallel.context.ulysses import gather_heads, gather_positions
 from megatron_mm.parallel.context.ways import Ways, positions
 from megatron_mm.parallel.layout import Layout
-from megatron_mm.types import PackedBatch
+from megatron_mm.parallel.staging import Staged
+from megatron_mm.types import BACK, FRONT, PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -60,28 +63,26 @@ class Part:
 
 @dataclass(frozen=True)
 class HostPart:
-    """A part that is still on the host, with what this rank does to meet the others (None: there are none)."""
+    """A part that is still on the host.
 
-    shard: Shard
+    stages: (is the model's first, is its last) -> what such a chunk of this rank's reads. mask: int32 [B, 3, S] of the
+    whole rows. decision: digest of how the ranks with parts of these rows meet; empty where there is one.
+    """
+
+    stages: Mapping[tuple[bool, bool], Staged[Part]]
     mask: np.ndarray
-    route: Route | None = None
+    decision: bytes = b""
 
-
-@dataclass(frozen=True)
-class Route:
-    """inner: size of the groups that swap heads. rank: this one's among them. stages: how keys come from the others."""
-
-    inner: int
-    rank: int
-    assignment: Assignment
-    stages: list[Stage]
+    def to(self, device: torch.device, first: bool, last: bool) -> Part:
+        return self.stages[first, last].to(device)
 
 
 class ContextParallel:
     """Cuts batches for this rank, by `parallel.context_parallel_comm`. Every rank of the job makes one."""
 
     def __init__(self, config: Config, family: Family, layout: Layout):
-        self._family, self._layout = family, layout
+        self._family, self._layout, self._dtype = family, layout, config.train.dtype
+        self._compared = layout.cp_size == 1
         if layout.cp_size > 1:
             near = int(os.environ.get("LOCAL_WORLD_SIZE", Hardware.node_size)) // layout.tp_size
             work = Work.of(family.trunk, config.train, layout.tp_size)
@@ -91,22 +92,57 @@ class ContextParallel:
             if layout.rank == 0:
                 logger.info("context parallelism over %d ranks: %s", layout.cp_size, self._ways.describe())
 
-    def part(self, batch: PackedBatch) -> HostPart:
-        """This rank's part of a batch, on the host; may run in a thread."""
+    def part(self, batch: PackedBatch, device: torch.device) -> HostPart:
+        """This rank's part of a batch, on its way to `device`; may run in a thread."""
         mask = batch.mask.numpy()
-        if self._layout.cp_size == 1:
-            return HostPart(whole(batch), mask)
-        meeting = self._ways.best(mask if self._family.hides_keys else mask[:, :2])
-        assignment, rank = meeting.needs.assignment, self._layout.cp_rank // meeting.inner
-        owners = positions(assignment, meeting.inner)
-        fields, pad = self._family.fields, self._family.vocab.pad
-        mine = shard(batch, owners, self._layout.cp_rank, fields, pad, self._family.whole_images)
-        return HostPart(mine, mask, Route(meeting.inner, rank, assignment, meeting.stages(rank)))
+        part, decision = self._cut(self._read_here(batch), mask) if self._layout.cp_size > 1 else (Part.of(batch), b"")
+        stages = {}
+        for first, last in set(self._layout.ends):
+            seen = part.shard.of_stage(first, last, self._family.fields, self._dtype)
+            stages[first, last] = Staged.of(replace(part, shard=seen), device)
+        return HostPart(stages, mask, decision)
 
-    def to(self, part: HostPart, device: torch.device, dtype: torch.dtype) -> Part:
-        """The part on its device, floating-point fields in `dtype`."""
-        here, route = part.shard.to(device, dtype), part.route
-        if route is None:
-            return Part(here)
-        plan = plan_attention(part.mask, route.assignment, route.stages, route.rank, self._family.hides_keys, device)
-        return Part(here, SpreadAttention(plan, self._groups[route.inner]), mpu.get_context_parallel_group())
+    def compare(self, parts: Sequence[HostPart]) -> None:
+        """Before the first step: whether all ranks with parts of the same rows cut them alike. Each decides by its own
+        arithmetic, and where one decides otherwise, messages do not meet. Collective; later calls do nothing.
+
+        Raises:
+            ValueError: they do not; on the first of them, the others leave quietly with exit code 2.
+        """
+        if self._compared:
+            return
+        self._compared = True
+        ranks, group = mpu.get_context_parallel_global_ranks(), mpu.get_context_parallel_group()
+        mine = blake2b(b"".join(part.decision for part in parts)).digest(), np.__version__, torch.__version__
+        everyone: list[tuple] = [()] * len(ranks)
+        dist.all_gather_object(everyone, mine, group)
+        alike = defaultdict(list)
+        for rank, decision in zip(ranks, everyone, strict=True):
+            alike[decision].append(rank)
+        if len(alike) == 1:
+            return
+        if dist.get_rank() != ranks[0]:
+            sys.exit(2)
+        sides = [f"{of} (numpy {numpy}, torch {torch_})" for (_, numpy, torch_), of in alike.items()]
+        raise ValueError(
+            f"Context-parallel ranks do not cut the first step's rows alike: ranks {' and '.join(sides)} differ. Give "
+            "all of their hosts the same packages, processors and data."
+        )
+
+    def _read_here(self, batch: PackedBatch) -> PackedBatch:
+        """The batch with the fields that this rank's chunks read."""
+        first, last = (any(ends) for ends in zip(*self._layout.ends, strict=True))
+        here = {end for end, there in ((FRONT, first), (BACK, last)) if there}
+        specs = self._family.fields
+        fields = {name: values for name, values in batch.fields.items() if here & {*specs[name].readers}}
+        return replace(batch, fields=fields)
+
+    def _cut(self, batch: PackedBatch, mask: np.ndarray) -> tuple[Part, bytes]:
+        """This rank's part and the digest of how all parts meet."""
+        family, rank = self._family, self._layout.cp_rank
+        meeting = self._ways.best(mask if family.hides_keys else mask[:, :2])
+        assignment, outer = meeting.needs.assignment, rank // meeting.inner
+        mine = shard(batch, positions(assignment, meeting.inner), rank, family.fields, family.vocab.pad)
+        plan = plan_attention(mask, assignment, meeting.stages(outer), outer, family.hides_keys)
+        attention = SpreadAttention(plan, self._groups[meeting.inner])
+        return Part(mine, attention, mpu.get_context_parallel_group()), meeting.digest()

@@ -1,9 +1,9 @@
 """A rank's part of a batch: what the families' front and back see, which do not know that there are other parts.
 
-Every tensor of a batch follows the same positions; the mask stays in coordinates of the whole row. A family whose front
-and back mix the positions of an image (`Family.whole_images`) gets images whole: the part is widened by the positions
-that its images lack. The front embeds them too, and drops them; the back receives their hidden states from the ranks
-that own them, and finds no label there, so that every loss is counted once.
+Every tensor of a batch follows the same positions; the mask stays in coordinates of the whole row. Images that networks
+in front or back read as a whole (`PackedBatch.grids`) stay whole: the part is widened by the positions that its images
+lack. The front embeds them too, and drops them; the back receives their hidden states from the ranks that own them, and
+finds no label there, so that every loss is counted once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from megatron_mm.types import FieldSpec, PackedBatch
+from megatron_mm.types import BACK, FRONT, FieldSpec, Grids, PackedBatch
 
 FILL = np.iinfo(np.int64).max
 """Stands for a position where a widened row has none; larger than any."""
@@ -38,27 +38,30 @@ class Widening:
 
 @dataclass(frozen=True)
 class Shard:
-    """front, back: PackedBatch [B, w] for the family's two ends; meta int32 [B, 6, n] for the layers between them.
+    """front, back: PackedBatch [B, w] for the family's two ends, None on a stage without that end; meta int32 [B, 6, n]
+    for the layers between them.
 
     widening: None where w = n and nothing is borrowed.
     """
 
-    front: PackedBatch
-    back: PackedBatch
+    front: PackedBatch | None
+    back: PackedBatch | None
     meta: torch.Tensor
     widening: Widening | None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Shard:
-        same = self.back is self.front
-        front = self.front.to(device, dtype)
-        back = front if same else self.back.to(device, dtype)
-        widening = self.widening
-        if widening is not None:
-            sends, receives = (
-                {peer: index.to(device) for peer, index in side.items()} for side in (widening.sends, widening.receives)
-            )
-            widening = replace(widening, own=widening.own.to(device), sends=sends, receives=receives)
-        return Shard(front, back, front.meta if same else self.meta.to(device), widening)
+    @property
+    def mask(self) -> torch.Tensor:
+        """int32 [B, 3, n]."""
+        return self.meta[:, :3]
+
+    def of_stage(self, first: bool, last: bool, fields: Mapping[str, FieldSpec], dtype: torch.dtype) -> Shard:
+        """What a stage with these ends reads; `dtype` as in `FieldSpec`."""
+        return replace(
+            self,
+            front=_read_by(FRONT, self.front, fields, dtype) if first else None,
+            back=_read_by(BACK, self.back, fields, None) if last else None,
+            widening=self.widening if first or last else None,
+        )
 
 
 def whole(batch: PackedBatch) -> Shard:
@@ -72,7 +75,6 @@ def shard(
     rank: int,
     fields: Mapping[str, FieldSpec],
     pad: int,
-    whole_images: bool,
 ) -> Shard:
     """The part of `rank`.
 
@@ -82,7 +84,7 @@ def shard(
         fields, pad: the family's, for places that only fill a widened row up.
     """
     own = np.broadcast_to(owners[rank], (len(batch.tokens), len(owners[rank])))
-    loans = [loan for loan in _loans(batch, owners) if rank in (loan.lender, loan.borrower)] if whole_images else []
+    loans = [loan for loan in _loans(batch, owners) if rank in (loan.lender, loan.borrower)]
     if not loans:
         part = _select(batch, own, fields, pad)
         return Shard(part, part, part.meta, None)
@@ -108,6 +110,12 @@ def shard(
     return Shard(front, replace(front, fields=unlabelled), meta, widening)
 
 
+def _read_by(end: str, batch: PackedBatch, specs: Mapping[str, FieldSpec], dtype: torch.dtype | None) -> PackedBatch:
+    """The batch with the fields that an end reads, floating-point ones in `dtype` if one is given."""
+    fields = {name: values for name, values in batch.fields.items() if end in specs[name].readers}
+    return replace(batch, fields=fields).to("cpu", dtype)
+
+
 @dataclass(frozen=True)
 class _Loan:
     """Positions of one image, int64, that `borrower` needs of `lender`."""
@@ -123,7 +131,7 @@ def _loans(batch: PackedBatch, owners: Sequence[np.ndarray]) -> Iterator[_Loan]:
     owner = np.empty(batch.tokens.shape[1], np.int64)
     for rank, positions in enumerate(owners):
         owner[positions] = rank
-    for row, first, height, width in batch.images.tolist():
+    for row, first, height, width in _encoded(batch):
         image = np.arange(first, first + height * width)
         holders = np.unique(owner[image])
         for lender, borrower in itertools.permutations(holders.tolist(), 2):
@@ -152,18 +160,26 @@ def _select(batch: PackedBatch, places: np.ndarray, fields: Mapping[str, FieldSp
         taken = values[row, index]
         return taken.masked_fill_(filling.view(*filling.shape, *[1] * (taken.ndim - 2)), fill)
 
-    images = [
-        (b, place, height, width)
-        for b, first, height, width in batch.images.tolist()
-        if (place := _place(places[b], first, height * width)) is not None
-    ]
+    def keep(images: Sequence[Sequence[int]]) -> list[tuple[int, int, int, int]]:
+        return [
+            (b, place, height, width)
+            for b, first, height, width in images
+            if (place := _place(places[b], first, height * width)) is not None
+        ]
+
     return replace(
         batch,
         tokens=take(batch.tokens, pad),
         meta=take(batch.meta.transpose(1, 2), 0).transpose(1, 2).contiguous(),
         fields={name: take(values, fields[name].fill) for name, values in batch.fields.items()},
-        images=torch.tensor(images, dtype=torch.int32).reshape(-1, 4),
+        images=np.array(keep(batch.images.tolist()), np.int32).reshape(-1, 4),
+        grids=Grids.of(keep(_encoded(batch)), places.shape[1]),
     )
+
+
+def _encoded(batch: PackedBatch) -> list[tuple[int, int, int, int]]:
+    """(row, first position, height, width) of the images in `batch.grids`."""
+    return [image for grids in batch.grids for image in grids.images(batch.tokens.shape[1])]
 
 
 def _place(places: np.ndarray, first: int, size: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
@@ -25,6 +26,12 @@ class Meeting:
     def stages(self, rank: int) -> list[Stage]:
         """What a rank of `needs` does."""
         return (ring if self.relays else exchange)(self.needs, rank)
+
+    def digest(self) -> bytes:
+        """The same on two ranks if they would meet."""
+        cut = self.needs.assignment
+        decided = [[self.inner, self.relays, cut.chunk_size], cut.chunks, self.needs.head, self.needs.tail]
+        return blake2b(b"".join(np.asarray(each, np.int64).tobytes() for each in decided), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ def made(patch_codec: str):
 
 
 def parts_of(family, batch, owners):
-    return [
-        shard(batch, owners, rank, family.fields, family.vocab.pad, family.whole_images) for rank in range(len(owners))
-    ]
+    return [shard(batch, owners, rank, family.fields, family.vocab.pad) for rank in range(len(owners))]
 
 
 @pytest.fixture(params=["assign", "contiguous"])
