@@ -22,6 +22,7 @@ from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn import attention, fusion
 from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
+from megatron_mm.parallel.cpu_device import direct
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.lora import check_targets
@@ -194,15 +195,16 @@ class MegatronEngine:
             return chunk(self.context.to(next(iterator), self.device, self.config.train.dtype)), loss_of
 
         iterators = [iter(parts) for _ in self.chunks]
-        stored = self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(parts),
-            seq_length=parts[0].mask.shape[2],
-            micro_batch_size=parts[0].mask.shape[0],
-            forward_only=forward_only,
-        )
+        with direct(self.device):
+            stored = self._forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(parts),
+                seq_length=parts[0].mask.shape[2],
+                micro_batch_size=parts[0].mask.shape[0],
+                forward_only=forward_only,
+            )
         total = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
         for sums in stored:
             total += sums.double()
