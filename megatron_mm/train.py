@@ -27,7 +27,7 @@ from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_
 from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
-from megatron_mm.parallel.distributed import agree, on_first_rank, pick_device, process_groups
+from megatron_mm.parallel.distributed import on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
@@ -118,18 +118,17 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
         while iteration < last:
             began = time.perf_counter()
             step = next(loader)
-            metrics = engine.step(step.batches)
+            metrics = engine.step(step.batches, lambda: stop.received)
             iteration, state = iteration + 1, step.state
             checkpoint.poll()
             steps.append(metrics)
             if writer:
                 seconds = time.perf_counter() - began
                 writer.write(_row(engine, iteration, step, metrics, seconds), 1000 * seconds)
-            stopping = agree(stop.received, device)
-            if config.checkpoint.save and (stopping or iteration % config.checkpoint.save_interval == 0):
+            if config.checkpoint.save and (metrics.stopping or iteration % config.checkpoint.save_interval == 0):
                 checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
                 saved = iteration
-            if stopping:
+            if metrics.stopping:
                 break
         if config.checkpoint.save and saved < iteration:
             checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
