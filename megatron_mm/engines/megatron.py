@@ -8,7 +8,6 @@ only ever summed.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -164,6 +163,10 @@ class MegatronEngine:
         The host waits for the device once, between the backward pass and the optimizer. `stop` is asked just before
         that, whether this rank would end the run.
         """
+        with direct(self.device):
+            return self._step(batches, stop)
+
+    def _step(self, batches: list[MicroBatch], stop: Callable[[], bool]) -> StepMetrics:
         counts = self._global_counts(batches)
         for chunk in self.chunks:
             chunk.train()
@@ -174,15 +177,40 @@ class MegatronEngine:
         sums = self._run([batch.part for batch in batches], weights)
         if not self.layout.reports_losses:
             sums.zero_()
-        asked = sums.new_full((1,), float(stop()))
-        summed = [sums, squared_grad_norm(self.optimizer), asked, take_routing(self.models)]
-        counted, sums, (square,), (asked,), routed = self._read(counts, summed)
-        grad_norm = math.sqrt(square) if square >= 0 else math.nan
+        summed = [
+            sums,
+            squared_grad_norm(self.optimizer),
+            sums.new_full((1,), float(stop())),
+            take_routing(self.models),
+        ]
+        (*labels, tokens, pairs), sums, (square,), (stopping,), routed = self._read(counts, summed)
+        grad_norm = square**0.5
         stepped = clip_and_step(self.optimizer, grad_norm)
         learning_rate = self.schedule.get_lr({})  # of parameters that no multiplier names
         if stepped:
             self.schedule.step(1)
-        return self._metrics(counted, sums, routed, grad_norm, learning_rate, not stepped, asked > 0)
+
+        terms = self.family.terms
+        losses = {term.name: total / max(count, 1) for term, total, count in zip(terms, sums, labels, strict=True)}
+        loss = sum(term.weight * losses[term.name] for term in terms)
+        routing = Routing.of(self.models[0].config, routed) if routed else None
+        coefficient = self.family.trunk.moe_aux_loss_coeff
+        if routing and coefficient > 0.0:
+            rows = self.config.train.global_batch_size * len(routing.layers)
+            losses["load_balancing"] = routing.balance / rows
+            loss += coefficient * losses["load_balancing"]
+        return StepMetrics(
+            losses,
+            {term.name: int(count) for term, count in zip(terms, labels, strict=True)},
+            int(tokens),
+            int(pairs) if self.device.type == "cuda" else None,
+            loss,
+            grad_norm,
+            learning_rate,
+            skipped=not stepped,
+            stopping=stopping > 0,
+            router=routing.shares() if routing else {},
+        )
 
     def _run(self, parts: list[HostPart], weights: torch.Tensor) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""
@@ -199,16 +227,15 @@ class MegatronEngine:
             return chunk(self.context.to(next(iterator), self.device, self.config.train.dtype)), loss_of
 
         iterators = [iter(parts) for _ in self.chunks]
-        with direct(self.device):
-            stored = self._forward_backward(
-                forward_step_func=forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(parts),
-                seq_length=parts[0].mask.shape[2],
-                micro_batch_size=parts[0].mask.shape[0],
-                forward_only=False,
-            )
+        stored = self._forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(parts),
+            seq_length=parts[0].mask.shape[2],
+            micro_batch_size=parts[0].mask.shape[0],
+            forward_only=False,
+        )
         total = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
         for sums in stored:
             total += sums.double()
@@ -230,37 +257,3 @@ class MegatronEngine:
         dist.all_reduce(totals)
         values = iter(torch.cat([counts, totals]).tolist())
         return [list(islice(values, len(part))) for part in (counts, *summed)]
-
-    def _metrics(
-        self,
-        counted: list[float],
-        sums: list[float],
-        routed: list[float],
-        grad_norm: float,
-        learning_rate: float,
-        skipped: bool,
-        stopping: bool,
-    ) -> StepMetrics:
-        *labels, tokens, pairs = map(int, counted)
-        terms = self.family.terms
-        losses = {term.name: total / max(count, 1) for term, total, count in zip(terms, sums, labels, strict=True)}
-        loss = sum(term.weight * losses[term.name] for term in terms)
-        routing, coefficient = None, self.family.trunk.moe_aux_loss_coeff
-        if routed:
-            routing = Routing.of(self.models[0].config, routed)
-            if coefficient > 0.0:
-                rows = self.config.train.global_batch_size * len(routing.layers)
-                losses["load_balancing"] = routing.balance / rows
-                loss += coefficient * losses["load_balancing"]
-        return StepMetrics(
-            losses,
-            {term.name: count for term, count in zip(terms, labels, strict=True)},
-            tokens,
-            pairs if self.device.type == "cuda" else None,
-            loss,
-            grad_norm,
-            learning_rate,
-            skipped,
-            stopping,
-            routing.shares() if routing else {},
-        )

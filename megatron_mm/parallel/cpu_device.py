@@ -4,8 +4,8 @@ megatron-core 0.16 writes `device="cuda"`, `torch.cuda.current_device()` and CUD
 modules. Rather than patch each, one `TorchFunctionMode` rewrites the device of every torch call, and the few
 `torch.cuda` functions it relies on get a CPU meaning. On a machine that trains on CUDA, `enable` does nothing.
 
-Trade-off: the mode costs some three microseconds a torch call. Whatever asks for no CUDA device runs outside of it, by
-`direct`: the forward and backward passes of the model.
+Trade-off: the mode costs some three microseconds a torch call. An optimizer step, which asks for no CUDA device but in
+one place, runs outside of it, by `direct`.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def backward(
     dq_tiles = []
     rows, keys, *width = k.shape
     dk, dv = (torch.zeros(keys * rows, *width, dtype=lse.dtype, device=k.device) for _ in range(2))
-    sides = (tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v), tiles.of_queries(dout))
-    sides += (tiles.of_queries(lse.transpose(1, 2)[..., None]), tiles.of_queries(delta[..., None]))
+    sides = [tiles.of_queries(q), tiles.of_keys(k), tiles.of_keys(v)]
+    sides += [tiles.of_queries(side) for side in (dout, lse.transpose(1, 2)[..., None], delta[..., None])]
     for i, (*parts, allowed, real) in enumerate(zip(*sides, tiles.allowed, tiles.real, strict=True)):
         q_tiles, k_tiles, v_tiles, dout_tiles, lse_tiles, delta_tiles = (_by_group(t, k.shape[2]) for t in parts)
         # Queries without a key, and those that only fill a tile up, have no weights.
@@ -152,8 +152,8 @@ class _Tiles:
     def scatter(self, parts: list[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
         """[N, Q, ...] of every group -> [B, S, ...], `fill` where no query has an answer."""
         none = parts[0].new_full((1, *parts[0].shape[2:]), fill)
-        values = torch.cat([*(part.flatten(0, 1) for part in parts), none])
-        return values.index_select(0, self._answer).unflatten(0, self._shape).transpose(0, 1)
+        values = torch.cat([*(part.flatten(0, 1) for part in parts), none]).index_select(0, self._answer)
+        return values.view(*self._shape, *values.shape[1:]).transpose(0, 1)
 
     def add_keys(self, i: int, into: torch.Tensor, values: torch.Tensor) -> None:
         """Adds values [N, G, K, D] of group i to `into` [K * B, G, D]."""
@@ -161,10 +161,9 @@ class _Tiles:
 
 
 def _tiles(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, until: torch.Tensor | None) -> _Tiles:
-    rows, hidden = split_mask(mask, until)
-    rows, hidden = (None if side is None else side.detach().cpu().numpy() for side in (rows, hidden))
-    shape = (len(rows), q.shape[1], k.shape[1])
-    return _planned(rows.tobytes(), None if hidden is None else hidden.tobytes(), *shape, q.device)
+    lo_hi, until = split_mask(mask, until)
+    hidden = None if until is None else until.detach().cpu().numpy().tobytes()
+    return _planned(lo_hi.detach().cpu().numpy().tobytes(), hidden, len(q), q.shape[1], k.shape[1], q.device)
 
 
 @functools.lru_cache(maxsize=8)  # of a layer's keys that are spread over ranks, each part has a mask of its own
