@@ -169,7 +169,6 @@ class MegatronEngine:
     def _step(self, batches: list[MicroBatch], stop: Callable[[], bool]) -> StepMetrics:
         counts = self._global_counts(batches)
         for chunk in self.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
