@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.cli import run
 from megatron_mm.config.compose import Config, to_yaml
-from megatron_mm.config.schema import DataConfig
+from megatron_mm.config.schema import DataConfig, ParallelConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.dataset import LedgerEntry, open_data, write_ledger
 from megatron_mm.data.loader import DataState, Step, StepLoader
@@ -50,14 +50,14 @@ class StopSignal:
 def main(config: Config) -> None:
     stop = StopSignal()
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    device = start_device()
+    device = start_device(config.parallel)
     with process_groups(config.parallel, config.train.seed, device) as layout:
         train(config, layout, device, stop)
 
 
-def start_device() -> torch.device:
-    """This rank's device, its threads set."""
-    device = pick_device()
+def start_device(*layouts: ParallelConfig) -> torch.device:
+    """This rank's device for these layouts, its threads set."""
+    device = pick_device(*layouts)
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     return device

@@ -19,10 +19,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config.compose import Config
-from megatron_mm.config.schema import FusionConfig
+from megatron_mm.config.schema import FusionConfig, ParallelConfig
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn import attention, fusion
+from megatron_mm.parallel import overlap
 from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
 from megatron_mm.parallel.cpu_device import direct
 from megatron_mm.parallel.init import initialize
@@ -78,11 +79,12 @@ class Parts:
 
     attention: str
     fusion: FusionConfig
+    parallel: ParallelConfig
     reasons: tuple[str, ...]
 
 
 def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
-    """What `attention.*` and `fusion.*` come to on this device.
+    """What `attention.*`, `fusion.*` and the overlaps of `parallel.*` come to on this device.
 
     Raises:
         ValueError: what was asked for cannot run here.
@@ -92,7 +94,11 @@ def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
         spread=config.parallel.context_parallel_size > 1,
     )  # fmt: skip
     fused, parts = fusion.select(config.fusion, device)
-    return Parts(backend, fused, (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}"))
+    parallel, beside = overlap.select(
+        config.parallel, device, config.train.dtype, grouped_experts=family.trunk.moe_grouped_gemm
+    )
+    lines = (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}", f"overlap: {beside}")
+    return Parts(backend, fused, parallel, lines)
 
 
 def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
@@ -102,7 +108,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         for reason in parts.reasons:
             logger.info(reason)
     core = transformer_config(
-        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
+        family.trunk, parts.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
     )
     chunks = []
     for stage in range(layout.virtual_stages):
@@ -126,7 +132,7 @@ class MegatronEngine:
         self.config, self.family, self.layout, self.device = config, family, layout, device
         self.models = build_chunks(config, family, layout, device)
         self.trained_of = freeze(self.models, config.optim)
-        parallel = config.parallel
+        parallel = select_parts(config, family, device).parallel
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
