@@ -28,7 +28,7 @@ def main(config: Config) -> None:
     stages = compose_stages(config, overrides())
     for stage in stages:
         validate(stage, int(os.environ.get("WORLD_SIZE", "1")))
-    device = start_device()
+    device = start_device(*(stage.parallel for stage in stages))
     with job(device):
         run_stages(stages, device, stop)
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.cli import run
 from megatron_mm.config.compose import Config, to_yaml
-from megatron_mm.config.schema import DataConfig
+from megatron_mm.config.schema import DataConfig, ParallelConfig
 from megatron_mm.config.validate import validate
 from megatron_mm.data.dataset import LedgerEntry, open_data, write_ledger
 from megatron_mm.data.loader import DataState, Step, StepLoader
@@ -28,7 +28,7 @@ from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_
 from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
-from megatron_mm.parallel.distributed import agree, on_first_rank, pick_device, process_groups
+from megatron_mm.parallel.distributed import on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
@@ -52,14 +52,14 @@ class StopSignal:
 def main(config: Config) -> None:
     stop = StopSignal()
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    device = start_device()
+    device = start_device(config.parallel)
     with process_groups(config.parallel, config.train.seed, device) as layout:
         train(config, layout, device, stop)
 
 
-def start_device() -> torch.device:
-    """This rank's device, its threads set."""
-    device = pick_device()
+def start_device(*layouts: ParallelConfig) -> torch.device:
+    """This rank's device for these layouts, its threads set."""
+    device = pick_device(*layouts)
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     return device
@@ -138,18 +138,17 @@ def _train(
         while iteration < last:
             began = time.perf_counter()
             step = next(loader)
-            metrics = engine.step(step.batches)
+            metrics = engine.step(step.batches, lambda: stop.received)
             iteration, state = iteration + 1, step.state
             checkpoint.poll()
             steps.append(metrics)
             if writer:
                 seconds = time.perf_counter() - began
                 writer.write(_row(engine, iteration, step, metrics, seconds), 1000 * seconds)
-            stopping = agree(stop.received, engine.device)
-            if config.checkpoint.save and (stopping or iteration % config.checkpoint.save_interval == 0):
+            if config.checkpoint.save and (metrics.stopping or iteration % config.checkpoint.save_interval == 0):
                 checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
                 saved = iteration
-            if stopping:
+            if metrics.stopping:
                 break
         if config.checkpoint.save and saved < iteration:
             checkpoint.save(iteration, extra | {"data_state": state.to_dict()})

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     length = benchmark.tokens * ranks
     config = compose([*MODEL, f"data.seq_length={length}", f"parallel.context_parallel_size={ranks}", *further])
     validate(config, ranks)
-    device = pick_device()
+    device = pick_device(config.parallel)
     if device.type == "cpu":
         torch.set_num_threads(1)
     family = build_family(config.model, TEXT_VOCABULARY)

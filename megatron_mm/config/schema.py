@@ -31,8 +31,14 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None
+    """Sum gradients over data-parallel ranks beside the backward pass; null: on CUDA."""
+    overlap_param_gather: bool | None = None
+    """Gather the distributed optimizer's weights beside the forward pass; null: where gradients overlap on CUDA."""
+    overlap_p2p_comm: bool | None = None
+    """Send between pipeline stages beside computation; null: in the interleaved schedule, the only one that can."""
+    gradient_accumulation_fusion: bool | None = None
+    """Add weight gradients up in their products, by Apex's kernel; null: where it is installed, on CUDA."""
     recompute_granularity: str | None = choice(None, "full", "selective")
     """`full` recomputes whole layers in the backward pass, `selective` only attention; null keeps every activation."""
     recompute_num_layers: int = 1

@@ -170,9 +170,15 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         "change one of the two.",
     )
     yield (
-        parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
+        bool(parallel.overlap_param_gather)
+        and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
         "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true and "
         "parallel.overlap_grad_reduce=true; set both, or turn it off.",
+    )
+    yield (
+        bool(parallel.overlap_p2p_comm) and vpp is None,
+        f"parallel.overlap_p2p_comm=true needs the interleaved schedule, but {vpp_key.replace('None', 'null')}; set "
+        "that, or leave parallel.overlap_p2p_comm=null.",
     )
     yield (
         train.precision == "fp64" and parallel.use_distributed_optimizer,
@@ -294,7 +300,7 @@ def _expert_contradictions(config: Config, world_size: int, training: bool) -> I
     for other, value in (
         ("model.trunk.add_bias_linear=true", trunk.add_bias_linear),
         ("train.precision=fp64", config.train.precision == "fp64"),
-        ("parallel.overlap_param_gather=true", parallel.overlap_param_gather),
+        ("parallel.overlap_param_gather=true", bool(parallel.overlap_param_gather)),
     ):
         yield trunk.moe_grouped_gemm and value, f"model.trunk.moe_grouped_gemm=true cannot do with {other}; drop one."
     yield (

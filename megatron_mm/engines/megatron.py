@@ -8,7 +8,9 @@ only ever summed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -17,17 +19,19 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config.compose import Config
-from megatron_mm.config.schema import FusionConfig
+from megatron_mm.config.schema import FusionConfig, ParallelConfig
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn import attention, fusion
+from megatron_mm.parallel import overlap
 from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
+from megatron_mm.parallel.cpu_device import direct
 from megatron_mm.parallel.init import initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.lora import check_targets
 from megatron_mm.parallel.model import StageModel
-from megatron_mm.parallel.moe import collect_routing
-from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step
+from megatron_mm.parallel.moe import Routing, take_routing
+from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step, squared_grad_norm
 from megatron_mm.parallel.trainable import freeze
 from megatron_mm.parallel.transformer_config import transformer_config
 from megatron_mm.types import PackedBatch
@@ -63,6 +67,8 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    stopping: bool = False
+    """Whether any rank would end the run."""
     router: dict[str, float] = field(default_factory=dict)
     """<layer or mean>/<modality>/<expert> -> share of the modality's choices; empty without experts."""
 
@@ -73,11 +79,12 @@ class Parts:
 
     attention: str
     fusion: FusionConfig
+    parallel: ParallelConfig
     reasons: tuple[str, ...]
 
 
 def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
-    """What `attention.*` and `fusion.*` come to on this device.
+    """What `attention.*`, `fusion.*` and the overlaps of `parallel.*` come to on this device.
 
     Raises:
         ValueError: what was asked for cannot run here.
@@ -87,7 +94,11 @@ def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
         spread=config.parallel.context_parallel_size > 1,
     )  # fmt: skip
     fused, parts = fusion.select(config.fusion, device)
-    return Parts(backend, fused, (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}"))
+    parallel, beside = overlap.select(
+        config.parallel, device, config.train.dtype, grouped_experts=family.trunk.moe_grouped_gemm
+    )
+    lines = (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}", f"overlap: {beside}")
+    return Parts(backend, fused, parallel, lines)
 
 
 def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
@@ -97,7 +108,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         for reason in parts.reasons:
             logger.info(reason)
     core = transformer_config(
-        family.trunk, config.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
+        family.trunk, parts.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
     )
     chunks = []
     for stage in range(layout.virtual_stages):
@@ -121,7 +132,7 @@ class MegatronEngine:
         self.config, self.family, self.layout, self.device = config, family, layout, device
         self.models = build_chunks(config, family, layout, device)
         self.trained_of = freeze(self.models, config.optim)
-        parallel = config.parallel
+        parallel = select_parts(config, family, device).parallel
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -144,44 +155,71 @@ class MegatronEngine:
                 core.no_sync_func, core.grad_sync_func = core.no_sync_func[0], core.grad_sync_func[0]
         self.optimizer, self.schedule = build_optimizer(self.chunks, config.optim, parallel, config.train)
         self._forward_backward = get_forward_backward_func()
+        weights = [term.weight for term in family.terms]
+        self._term_weights = torch.tensor(weights, dtype=torch.float64, device=device)
 
     def prepare(self, batch: PackedBatch) -> MicroBatch:
         """What the host has to do for a micro-batch before its step; may run in a thread."""
         pairs = sum(area(row) for row in batch.mask.numpy()) if self.device.type != "cpu" else 0
         return MicroBatch(self.context.part(batch, self.device), self.family.counts(batch), batch.real_tokens, pairs)
 
-    def step(self, batches: list[MicroBatch]) -> StepMetrics:
-        """One optimizer step over this rank's micro-batches of the global batch."""
-        counts, tokens, pairs = self._global_counts(batches)
+    def step(self, batches: list[MicroBatch], stop: Callable[[], bool] = bool) -> StepMetrics:
+        """One optimizer step over this rank's micro-batches of the global batch.
+
+        The host waits for the device once, between the backward pass and the optimizer. `stop` is asked just before
+        that, whether this rank would end the run.
+        """
+        with direct(self.device):
+            return self._step(batches, stop)
+
+    def _step(self, batches: list[MicroBatch], stop: Callable[[], bool]) -> StepMetrics:
+        counts = self._global_counts(batches)
         for chunk in self.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        weights = [term.weight / max(counts[term.name], 1) for term in self.family.terms]
-        sums = self._run(
-            [batch.part for batch in batches], torch.tensor(weights, dtype=torch.float64), forward_only=False
-        )
-        stepped, grad_norm = clip_and_step(self.optimizer)
+        weights = self._term_weights / counts[: len(self._term_weights)].clamp(min=1)
+        sums = self._run([batch.part for batch in batches], weights)
+        if not self.layout.reports_losses:
+            sums.zero_()
+        summed = [
+            sums,
+            squared_grad_norm(self.optimizer),
+            sums.new_full((1,), float(stop())),
+            take_routing(self.models),
+        ]
+        (*labels, tokens, pairs), sums, (square,), (stopping,), routed = self._read(counts, summed)
+        grad_norm = square**0.5
+        stepped = clip_and_step(self.optimizer, grad_norm)
         learning_rate = self.schedule.get_lr({})  # of parameters that no multiplier names
         if stepped:
             self.schedule.step(1)
-        losses = self._global_means(sums, counts)
-        loss = sum(term.weight * losses[term.name] for term in self.family.terms)
-        routing, coefficient = collect_routing(self.models), self.family.trunk.moe_aux_loss_coeff
+
+        terms = self.family.terms
+        losses = {term.name: total / max(count, 1) for term, total, count in zip(terms, sums, labels, strict=True)}
+        loss = sum(term.weight * losses[term.name] for term in terms)
+        routing = Routing.of(self.models[0].config, routed) if routed else None
+        coefficient = self.family.trunk.moe_aux_loss_coeff
         if routing and coefficient > 0.0:
             rows = self.config.train.global_batch_size * len(routing.layers)
             losses["load_balancing"] = routing.balance / rows
             loss += coefficient * losses["load_balancing"]
         return StepMetrics(
-            losses, counts, tokens, pairs, loss, grad_norm, learning_rate, skipped=not stepped,
+            losses,
+            {term.name: int(count) for term, count in zip(terms, labels, strict=True)},
+            int(tokens),
+            int(pairs) if self.device.type != "cpu" else None,
+            loss,
+            grad_norm,
+            learning_rate,
+            skipped=not stepped,
+            stopping=stopping > 0,
             router=routing.shares() if routing else {},
-        )  # fmt: skip
+        )
 
-    def _run(self, parts: list[HostPart], weights: torch.Tensor, forward_only: bool) -> torch.Tensor:
+    def _run(self, parts: list[HostPart], weights: torch.Tensor) -> torch.Tensor:
         """Loss sums [terms] fp64 over all micro-batches of this rank's replica; zeros where they are not computed."""
         self.context.compare(parts)
-        weights = weights.to(self.device)
 
         def loss_of(sums: torch.Tensor):
             # No count is returned here (it would rescale the gradients): `weights` holds the counts already.
@@ -203,27 +241,26 @@ class MegatronEngine:
             num_microbatches=len(parts),
             seq_length=parts[0].mask.shape[2],
             micro_batch_size=parts[0].mask.shape[0],
-            forward_only=forward_only,
+            forward_only=False,
         )
         total = torch.zeros(len(weights), dtype=torch.float64, device=self.device)
         for sums in stored:
             total += sums.double()
         return total
 
-    def _global_counts(self, batches: list[MicroBatch]) -> tuple[dict[str, int], int, int | None]:
-        """(labels of each loss term, non-padding positions, allowed pairs), summed over the data-parallel ranks."""
-        names = [term.name for term in self.family.terms]
-        rows = [[batch.counts[name] for name in names] + [batch.tokens, batch.pairs] for batch in batches]
-        total = torch.tensor(rows, device=self.device).sum(0)
+    def _global_counts(self, batches: list[MicroBatch]) -> torch.Tensor:
+        """Labels of each loss term, non-padding positions and allowed pairs, summed over the data-parallel ranks:
+        fp64 [terms + 2] on the device, for which the host does not wait."""
+        rows = [(*(b.counts[term.name] for term in self.family.terms), b.tokens, b.pairs) for b in batches]
+        mine = [float(sum(column)) for column in zip(*rows, strict=True)]
+        pinned = torch.tensor(mine, dtype=torch.float64, pin_memory=self.device.type != "cpu")
+        total = pinned.to(self.device, non_blocking=True)
         dist.all_reduce(total, group=mpu.get_data_parallel_group())
-        *sums, tokens, pairs = total.tolist()
-        return dict(zip(names, sums, strict=True)), tokens, pairs if self.device.type != "cpu" else None
+        return total
 
-    def _global_means(self, sums: torch.Tensor, counts: dict[str, int]) -> dict[str, float]:
-        if not self.layout.reports_losses:
-            sums.zero_()
-        dist.all_reduce(sums)
-        return {
-            term.name: total / max(counts[term.name], 1)
-            for term, total in zip(self.family.terms, sums.tolist(), strict=True)
-        }
+    def _read(self, counts: torch.Tensor, summed: list[torch.Tensor]) -> list[list[float]]:
+        """The numbers of `counts`, and of each of `summed` over all ranks, on the host: one collective and one read."""
+        totals = torch.cat(summed)
+        dist.all_reduce(totals)
+        values = iter(torch.cat([counts, totals]).tolist())
+        return [list(islice(values, len(part))) for part in (counts, *summed)]

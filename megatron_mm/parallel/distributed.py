@@ -18,12 +18,15 @@ from megatron.core import tensor_parallel
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.parallel import cpu_device
 from megatron_mm.parallel.layout import Layout
+from megatron_mm.parallel.overlap import set_environment
 
 T = TypeVar("T")
 
 
-def pick_device() -> torch.device:
-    """This rank's CUDA device where there is one (ranks share devices when there are more ranks), else the CPU."""
+def pick_device(*layouts: ParallelConfig) -> torch.device:
+    """This rank's CUDA device where there is one (ranks share devices when there are more ranks), else the CPU. Comes
+    before all else that asks CUDA for anything, and prepares its environment for the layouts to come."""
+    set_environment(layouts)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()

@@ -12,6 +12,7 @@ An expert is whole on its rank and needs neither.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -94,7 +95,26 @@ class LoraLinear(Adapted, nn.Linear):
         return super().forward(x) + self._up(self._down(x))
 
 
-class LoraColumnParallelLinear(Adapted, ColumnParallelLinear):
+class _Direct(nn.Module):
+    """Mixin of megatron-core's layers: where nothing is cut over ranks and no kernel of Apex adds up the gradient, they
+    are torch's own linear function, without the two or three autograd functions in Python around it."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @functools.cached_property
+    def _direct(self) -> bool:
+        return self.tp_group.size() == 1 and not self.gradient_accumulation_fusion
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._direct:
+            return super().forward(x, *args, **kwargs)
+        if self.skip_bias_add:
+            return F.linear(x, self.weight), self.bias
+        return F.linear(x, self.weight, self.bias), None
+
+
+class LoraColumnParallelLinear(Adapted, _Direct, ColumnParallelLinear):
     """megatron-core's layer of the trunk; `tp_comm_buffer_name` is how megatron-core tells a gated layer."""
 
     def __init__(self, *args, tp_comm_buffer_name: str | None = None, **kwargs):
@@ -130,7 +150,7 @@ class LoraColumnParallelLinear(Adapted, ColumnParallelLinear):
         return whole.chunk(self.tp_group.size())[self.tp_group.rank()] if self.sequence_parallel else whole
 
 
-class LoraRowParallelLinear(Adapted, RowParallelLinear):
+class LoraRowParallelLinear(Adapted, _Direct, RowParallelLinear):
     """megatron-core's layer of the trunk."""
 
     def __init__(self, *args, **kwargs):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -132,12 +133,19 @@ def experts_spec(config: TrunkTransformerConfig) -> ModuleSpec:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers of all layers did in a step: `load` [layers, modalities, experts], choices over all ranks;
+    """What the routers of all layers did in a step: `load` fp64 [layers, modalities, experts], choices over all ranks;
     `balance`: sum of the balancing losses of all rows and layers."""
 
     layers: tuple[int, ...]
-    load: torch.Tensor
+    load: np.ndarray
     balance: float
+
+    @staticmethod
+    def of(config: TrunkTransformerConfig, counted: Sequence[float]) -> Routing:
+        """From what `take_routing` gives, summed over all ranks and on the host."""
+        layers = _moe_layers(config)
+        rows = np.asarray(counted).reshape(len(layers), -1)
+        return Routing(layers, rows[:, :-1].reshape(len(layers), len(MODALITIES), -1), float(rows[:, -1].sum()))
 
     def shares(self) -> dict[str, float]:
         """<layer or mean>/<modality>/<expert> -> share of the modality's choices; modalities without tokens are left
@@ -145,7 +153,7 @@ class Routing:
         rows = {f"layer_{layer}": load for layer, load in zip(self.layers, self.load, strict=True)}
         rows["mean"] = self.load.sum(0)
         return {
-            f"{row}/{modality}/{expert}": (choices / of_modality.sum()).item()
+            f"{row}/{modality}/{expert}": float(choices / of_modality.sum())
             for row, load in rows.items()
             for modality, of_modality in zip(MODALITIES, load, strict=True)
             if of_modality.sum() > 0
@@ -153,20 +161,23 @@ class Routing:
         }
 
 
-def collect_routing(models: Sequence[nn.Module]) -> Routing | None:
-    """What was routed since the last call, summed over all ranks; None for a model without experts. Collective."""
+def take_routing(models: Sequence[nn.Module]) -> torch.Tensor:
+    """What this rank's routers counted since the last call, for `Routing.of`: fp64 [n] on the device, as long on every
+    rank, and empty for a model without experts. Reads no value on the host."""
     config = models[0].config
     if config.num_moe_experts is None:
-        return None
-    layers = tuple(layer for layer in range(config.num_layers) if is_moe_layer(config, layer))
+        return torch.zeros(0, dtype=torch.float64, device=torch.cuda.current_device())
+    layers = _moe_layers(config)
     shape = (len(layers), len(MODALITIES) * config.num_moe_experts + 1)
-    total = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+    counted = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
     for router in (module for model in models for module in model.modules() if isinstance(module, Router)):
-        total[layers.index(router.layer_number - 1)] = torch.cat([router.load.flatten(), router.balance[None]])
+        counted[layers.index(router.layer_number - 1)] = torch.cat([router.load.flatten(), router.balance[None]])
         router.reset()
-    dist.all_reduce(total)
-    total = total.cpu()
-    return Routing(layers, total[:, :-1].unflatten(1, (len(MODALITIES), -1)), total[:, -1].sum().item())
+    return counted.flatten()
+
+
+def _moe_layers(config: TrunkTransformerConfig) -> tuple[int, ...]:
+    return tuple(layer for layer in range(config.num_layers) if is_moe_layer(config, layer))
 
 
 def is_moe_layer(config: TrunkTransformerConfig, layer: int) -> bool:

@@ -9,10 +9,8 @@ import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
-from torch.optim.adamw import adamw
 
 from megatron_mm.config.schema import OptimConfig, ParallelConfig, TrainConfig
 from megatron_mm.parallel.trainable import lr_overrides
@@ -39,14 +37,15 @@ class FusedAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             beta1, beta2 = group["betas"]
-            adamw(
+            # One number for all parameters, made where they are: nothing is copied from the host.
+            step = torch.full((), float(group["step"]), device=params[0].device)
+            torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(group["step"] - 1.0, device=p.device) for p in params],
-                fused=True,
+                [step] * len(params),
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
@@ -114,30 +113,32 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def clip_and_step(optimizer: ChainedOptimizer) -> tuple[bool, float]:
-    """Steps unless the gradient norm is not finite. Returns (stepped, norm before clipping).
+def squared_grad_norm(optimizer: ChainedOptimizer) -> torch.Tensor:
+    """This rank's share of the square of the gradients' norm, fp64 [1] on the device; the sum over all ranks of the job
+    is the whole. In fp32 its rounding would depend on the layout, and through clipping every weight would.
 
-    The order is megatron-core's own `step`. The norm is summed in fp64: in fp32 its rounding depends on the layout, and
-    through the clipping factor every weight would.
+    Comes before `clip_and_step`, as in megatron-core's own `step`, but reads no value on the host.
     """
-    if optimizer.prepare_grads():
-        return False, math.inf
-    norm = _grad_norm(optimizer)
-    if not math.isfinite(norm):
-        return False, norm
-    clip = optimizer.config.clip_grad
-    if clip > 0.0:
-        for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
-    return optimizer.step_with_ready_grads(), norm
-
-
-def _grad_norm(optimizer: ChainedOptimizer) -> float:
-    squares = 0.0
+    optimizer.prepare_grads()  # only a loss scale could find anything there, and there is none
+    total = torch.zeros(1, dtype=torch.float64, device=torch.cuda.current_device())
     for part in optimizer.chained_optimizers:
+        # The groups over which a part's norm is a sum divide the job between them; all have the same, and one counts.
+        group = part.get_grad_stats_parallel_group()
         grads = part.get_main_grads_for_grad_norm()
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float64) if grads else [torch.zeros((), dtype=torch.float64)]
-        total = torch.stack(norms).square().sum().to(torch.cuda.current_device())
-        dist.all_reduce(total, group=part.get_grad_stats_parallel_group())
-        squares += total.item()
-    return math.sqrt(squares)
+        if grads and dist.get_process_group_ranks(group)[0] == 0:
+            total += torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
+    return total
+
+
+def clip_and_step(optimizer: ChainedOptimizer, norm: float) -> bool:
+    """Scales gradients of this norm down to `clip_grad` and steps; a norm that is not finite changes nothing, and gives
+    False. megatron-core's own clipping takes two kernels a parameter without Apex."""
+    if not math.isfinite(norm):
+        return False
+    clip = optimizer.config.clip_grad
+    factor = clip / (norm + 1e-6)
+    if clip > 0.0 and factor < 1.0:
+        for part in optimizer.chained_optimizers:
+            if grads := [p.grad for p in part.get_parameters() if p.grad is not None]:
+                torch._foreach_mul_(grads, factor)
+    return optimizer.step_with_ready_grads()

@@ -41,7 +41,7 @@ class Staged(Generic[T]):
             return _view(buffer, firsts[id(tensor)], tensor).copy_(tensor)
 
         _map(tree, measure)
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
         return Staged(_map(tree, place), buffer)
 
     def to(self, device: torch.device) -> T:

@@ -45,7 +45,8 @@ def transformer_config(
     fusion: FusionConfig = EAGER,
     lora: LoraConfig = NO_LORA,
 ) -> TrunkTransformerConfig:
-    """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose."""
+    """The one place where our configuration becomes megatron-core's. `fusion` is one that `nn.fusion.select` chose, and
+    `parallel` one that `overlap.select` did, or nothing in it overlaps."""
     full = parallel.recompute_granularity == "full"
     compiled = fusion.elementwise == "compile"
     activation, fused = feed_forward_activation(trunk, compiled)
@@ -106,8 +107,10 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Batched P2P is silently wrong for interleaved schedules at PP=2 (megatron-core 0.16).
         batch_p2p_comm=False,
+        overlap_p2p_comm=bool(parallel.overlap_p2p_comm),
+        deallocate_pipeline_outputs=True,
         variable_seq_lengths=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=bool(parallel.gradient_accumulation_fusion),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
+import megatron.core.pipeline_parallel.schedules as schedules
 import megatron.core.tensor_parallel.random as tp_random
 import torch
 from torch.overrides import TorchFunctionMode
@@ -73,6 +74,7 @@ def in_place_of_cuda() -> Iterator[CudaToMeta]:
             stack.enter_context(patch.object(torch.cuda, name, replacement))
         stack.enter_context(patch.dict(os.environ))
         os.environ.pop("TORCHDYNAMO_DISABLE", None)
+        stack.enter_context(patch.object(schedules, "torch", torch))
         stack.enter_context(patch.object(tp_random, "_get_cuda_rng_state", cpu_device._get_rng_state))
         stack.enter_context(patch.object(tp_random, "_set_cuda_rng_state", cpu_device._set_rng_state))
         mode = CudaToMeta()

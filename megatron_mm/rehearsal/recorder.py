@@ -86,7 +86,9 @@ class Recorder(TorchDispatchMode):
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The numbers of a tensor on the device, where they came from the host and nothing else wrote there."""
         found = self._host.get(tensor.untyped_storage()._cdata)
-        return None if found is None else found[0].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        if found is None:
+            return None
+        return found[0].view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def launch(self, cost: Cost, outs: Sequence[torch.Tensor] = ()) -> None:
         """A kernel (or several) with what it writes."""
@@ -194,7 +196,7 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         values = host.detach().to(tensor.dtype, copy=True).contiguous()
-        self._host[key] = values, weakref.ref(storage, lambda _: self._host.pop(key, None))
+        self._host[key] = values.flatten().view(torch.uint8), weakref.ref(storage, lambda _: self._host.pop(key, None))
 
     def _number(self, name: str, tensor: torch.Tensor) -> bool | int | float:
         """What the host reads, and waits for on a GPU: one, where nothing better is known."""

@@ -18,7 +18,7 @@ from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.layout import Layout
-from megatron_mm.parallel.optimizer import clip_and_step
+from megatron_mm.parallel.optimizer import clip_and_step, squared_grad_norm
 from megatron_mm.rehearsal.by_device import cpu_functions, cuda_functions
 from megatron_mm.rehearsal.clock import Clock, Rates
 from megatron_mm.rehearsal.fused import counted_chains
@@ -100,7 +100,8 @@ def _engine(config: Config, family: Family, layout: Layout, recorder: Recorder) 
     with patch.object(engine_module, "initialize", lambda model, seed: None):
         engine = MegatronEngine(config, family, layout, META)
     recorder.enter(OPTIMIZER)
-    clip_and_step(engine.optimizer)
+    squared_grad_norm(engine.optimizer)
+    clip_and_step(engine.optimizer, 1.0)
     recorder.enter(ENGINE)
     for chunk in engine.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:

@@ -62,7 +62,7 @@ class SamplingModel:
         config = from_dict_config(OmegaConf.create(common["config"]))
         config = replace(config, parallel=replace(parallel or ParallelConfig(), use_distributed_optimizer=False))
         validate(config, config.parallel.model_parallel_size, training=False)
-        device = device or pick_device()
+        device = device or pick_device(config.parallel)
         with model_ranks(config.parallel, device):
             model = cls.build(config, device)
             load_weights([model.stage], path)

@@ -126,6 +126,11 @@ def test_accepts(world_size, overrides):
             [f"{TP}=2", "parallel.sequence_parallel=true", "data.seq_length=513"],
             r"data\.seq_length=513 must be a multiple of parallel\.tensor_model_parallel_size=2",
         ),
+        (
+            1,
+            ["parallel.overlap_p2p_comm=true"],
+            r"overlap_p2p_comm=true needs the interleaved .*model_parallel_size=null",
+        ),
         (1, ["parallel.overlap_param_gather=true"], r"overlap_param_gather=true needs .*overlap_grad_reduce=true"),
         (
             1,

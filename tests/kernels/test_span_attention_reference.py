@@ -105,3 +105,20 @@ def test_work_on_a_long_document_follows_the_mask_s_area():
     for part in (masks.causal(2048), masks.window(masks.causal(2048), 100)):
         scores = sum(group.allowed.size for group in plan_tiles(part[None, :2]))
         assert scores < 1.2 * masks.area(part) + 2048 * TILE
+
+
+def test_layers_that_see_one_mask_share_its_tiles(monkeypatch):
+    """By the mask's numbers: a copy is the same mask, and one that was overwritten is another."""
+    planned = []
+    monkeypatch.setattr(reference, "plan_tiles", lambda *mask: planned.append(mask) or plan_tiles(*mask))
+    reference._planned.cache_clear()
+    first, second = (Case(masks.concatenate(parts, 64)[None]) for parts in ([masks.causal(60)], [masks.full(60)]))
+    inputs = first.inputs(torch.float64)
+    mask = torch.from_numpy(first.mask.copy()).to(DEVICE)
+    attend = lambda: span_attention_reference(*(inputs[name] for name in "qkv"), mask)  # noqa: E731
+    outs = [attend(), attend()]
+    mask = mask.clone()
+    outs.append(attend())
+    assert len(planned) == 1 and all(torch.equal(out, outs[0]) for out in outs)
+    mask.copy_(torch.from_numpy(second.mask))
+    assert error(attend(), exact(second, inputs)[0]) < 1e-11 and len(planned) == 2

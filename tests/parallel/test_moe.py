@@ -11,7 +11,7 @@ from megatron_mm.config.model import TrunkConfig
 from megatron_mm.engines.megatron import build_chunks
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
-from megatron_mm.parallel.moe import collect_routing
+from megatron_mm.parallel.moe import Routing, take_routing
 
 CPU = torch.device("cpu")
 WIDTH, FFN, EXPERTS = 16, 24, 4
@@ -45,7 +45,7 @@ def moe_layer(init, precision, x, weights, dispatcher, grouped):
             "up": torch.stack([expert.linear_fc1.weight.grad for expert in experts]),
             "down": torch.stack([expert.linear_fc2.weight.grad for expert in experts]),
         }
-        return output.detach(), gradients, collect_routing([model])
+        return output.detach(), gradients, Routing.of(model.config, take_routing([model]).tolist())
 
 
 @pytest.mark.parametrize(("dispatcher", "grouped"), [("alltoall", False), ("allgather", False), ("alltoall", True)])
