@@ -18,10 +18,12 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
+from megatron_mm.parallel.dispatch import LocalDispatcher
 from megatron_mm.parallel.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 from megatron_mm.types import MODALITIES
@@ -92,7 +94,15 @@ class Router(nn.Module):
 
 
 class Experts(MoELayer):
-    """megatron-core's MoE layer, told which tokens it is looking at."""
+    """megatron-core's MoE layer, told which tokens it is looking at. Where every rank has all experts, tokens are sorted
+    by expert in place of being dispatched."""
+
+    def __init__(self, config: TrunkTransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher) and self.ep_group.size() == 1:
+            self.token_dispatcher = LocalDispatcher(
+                self.num_local_experts, self.local_expert_indices, config, get_default_pg_collection()
+            )
 
     def show_tokens(self, kinds: torch.Tensor) -> None:
         """kinds int32 [n, B] of this rank's positions."""

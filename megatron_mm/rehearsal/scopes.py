@@ -11,6 +11,7 @@ from torch import nn
 
 import megatron_mm.engines.megatron as engine_module
 from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.parallel.context.runtime import HostPart
 from megatron_mm.parallel.model import StageModel
 from megatron_mm.rehearsal.record import AGAIN, BACKWARD, ENGINE, FORWARD, GRADIENTS, OPTIMIZER, SCHEDULE
 from megatron_mm.rehearsal.recorder import Recorder
@@ -35,8 +36,9 @@ def scopes(recorder: Recorder, engine: MegatronEngine) -> Iterator[None]:
         return run
 
     with (
-        patch.object(engine.context, "to", around(engine.context.to, SCHEDULE, SCHEDULE)),
+        patch.object(HostPart, "to", around(HostPart.to, SCHEDULE, SCHEDULE)),
         patch.object(core, "finalize_model_grads_func", around(core.finalize_model_grads_func, GRADIENTS, ENGINE)),
+        patch.object(engine_module, "squared_grad_norm", around(engine_module.squared_grad_norm, OPTIMIZER, ENGINE)),
         patch.object(engine_module, "clip_and_step", around(engine_module.clip_and_step, OPTIMIZER, ENGINE)),
     ):
         yield
