@@ -19,10 +19,10 @@ RANKS := import torch; n = torch.cuda.device_count(); print(max(k for k in (1, 2
 IF_EXISTS := $(if $(RESUME),resume,$(if $(FRESH),restart,error))
 
 .DELETE_ON_ERROR:
-.PHONY: help train data test test-fast lint format check clean
+.PHONY: help train data test test-fast test-all lint format check clean
 
 help:
-	@sed -n '1,4s/^# *//p' Makefile; echo "Also: make data test test-fast lint format check clean"
+	@sed -n '1,4s/^# *//p' Makefile; echo "Also: make data test test-fast test-all lint format check clean"
 
 train: $(BIN)/.demo data
 	@if [ $(IF_EXISTS) = error ] && [ -e runs/$(EXPERIMENT) ]; then echo "error: runs/$(EXPERIMENT) already holds a run:" \
@@ -37,10 +37,13 @@ data/mnist/dataset.json: | $(BIN)/.demo
 	env -u OMP_NUM_THREADS $(BIN)/python -m megatron_mm.data.prepare mnist --out data/mnist
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not exhaustive"
 
 test-fast: $(BIN)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not exhaustive"
+
+test-all: $(BIN)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
+import psutil
 import pytest
 import torch
 
@@ -44,15 +44,17 @@ def isolate(test: Callable[[], object], seconds: float = 400) -> None:
     child = FORK.Process(target=_report, args=(test, sender))
     child.start()
     sender.close()
-    if not wait([receiver, child.sentinel], seconds):
-        outcome, text = "failed", f"no end after {seconds:.0f} s"
-    elif receiver.poll():
-        outcome, text = receiver.recv()
-    else:
-        child.join()
-        outcome, text = "failed", f"the test's process died with exit code {child.exitcode}"
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # with the ranks that a test cut short may have left
+    outcome, text = "failed", f"no end after {seconds:.0f} s"
+    if wait([receiver, child.sentinel], seconds):
+        try:
+            outcome, text = receiver.recv()
+        except EOFError:
+            child.join()
+            text = f"the test's process died with exit code {child.exitcode}"
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(child.pid)
+        for each in (*process.children(recursive=True), process):  # also the ranks of a test that hangs
+            each.kill()
     child.join()
     if outcome == "skipped":
         pytest.skip(text)
@@ -61,7 +63,6 @@ def isolate(test: Callable[[], object], seconds: float = 400) -> None:
 
 
 def _report(test: Callable[[], object], sender: Connection) -> None:
-    os.setsid()
     outcome = ("passed", "")
     try:
         test()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +14,11 @@ import torch
 AROUND = ("device", "driver", "cuda", "torch", "triton", "commit")
 """Columns that say where and with what a row was measured; see `around`."""
 
+DESCRIBE = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
+
 
 def around(device: torch.device) -> dict[str, str]:
-    """`AROUND` for this machine; what is not there is empty."""
+    """`AROUND` for this machine; what is not there is empty. MM_COMMIT names the commit where there is no checkout."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)",
@@ -23,7 +26,7 @@ def around(device: torch.device) -> dict[str, str]:
         "cuda": torch.version.cuda or "",
         "torch": torch.__version__,
         "triton": package_version("triton"),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": os.environ.get("MM_COMMIT") or _output(*DESCRIBE),
     }
 
 
