@@ -63,7 +63,7 @@ def rows(step) -> list[dict[str, torch.Tensor]]:
     found = []
     for batch in step.batches:
         for row in range(len(batch.tokens)):
-            images = batch.images[batch.images[:, 0] == row, 1:]
+            images = torch.from_numpy(batch.images[batch.images[:, 0] == row, 1:])
             fields = {name: value[row] for name, value in batch.fields.items()}
             found.append({"tokens": batch.tokens[row], "meta": batch.meta[row], "images": images, **fields})
     return found
