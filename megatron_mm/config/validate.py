@@ -300,7 +300,6 @@ def _expert_contradictions(config: Config, world_size: int, training: bool) -> I
     for other, value in (
         ("model.trunk.add_bias_linear=true", trunk.add_bias_linear),
         ("train.precision=fp64", config.train.precision == "fp64"),
-        ("parallel.overlap_param_gather=true", bool(parallel.overlap_param_gather)),
     ):
         yield trunk.moe_grouped_gemm and value, f"model.trunk.moe_grouped_gemm=true cannot do with {other}; drop one."
     yield (

@@ -94,9 +94,7 @@ def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
         spread=config.parallel.context_parallel_size > 1,
     )  # fmt: skip
     fused, parts = fusion.select(config.fusion, device)
-    parallel, beside = overlap.select(
-        config.parallel, device, config.train.dtype, grouped_experts=family.trunk.moe_grouped_gemm
-    )
+    parallel, beside = overlap.select(config.parallel, device, config.train.dtype)
     lines = (f"attention backend: {backend} ({why})", f"elementwise parts: {parts}", f"overlap: {beside}")
     return Parts(backend, fused, parallel, lines)
 

@@ -19,11 +19,10 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megatron_mm.parallel.dispatch import LocalDispatcher
+from megatron_mm.parallel.experts import GroupedExperts, LocalDispatcher
 from megatron_mm.parallel.lora import LoraColumnParallelLinear, LoraRowParallelLinear
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 from megatron_mm.types import MODALITIES
@@ -94,50 +93,24 @@ class Router(nn.Module):
 
 
 class Experts(MoELayer):
-    """megatron-core's MoE layer, told which tokens it is looking at. Where every rank has all experts, tokens are sorted
-    by expert in place of being dispatched."""
+    """megatron-core's MoE layer, told which tokens it is looking at."""
 
-    def __init__(self, config: TrunkTransformerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher) and self.ep_group.size() == 1:
-            self.token_dispatcher = LocalDispatcher(
-                self.num_local_experts, self.local_expert_indices, config, get_default_pg_collection()
-            )
+    def __init__(self, config: TrunkTransformerConfig, submodules: MoESubmodules, **kwargs):
+        super().__init__(config, submodules, **kwargs)
+        groups = get_default_pg_collection()
+        if isinstance(self.experts, GroupedExperts) and groups.ep.size() == 1:
+            self.token_dispatcher = LocalDispatcher(config, groups)
 
     def show_tokens(self, kinds: torch.Tensor) -> None:
         """kinds int32 [n, B] of this rank's positions."""
         self.router.kinds = kinds
 
 
-class GroupedExperts(SequentialMLP):
-    """The experts of a rank in one product for each of their two matrices (torch's `grouped_mm`), over the same
-    weights; one expert after the other where they have adapters, whose rank may be too narrow for it."""
-
-    config: TrunkTransformerConfig
-
-    def forward(
-        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, shares: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """tokens [T, D], expert after expert, and their shares [T] -> [T, D]."""
-        if any(linear.lora for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)):
-            return super().forward(tokens, tokens_per_expert, shares)
-        ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        inner = self._product(tokens, "linear_fc1", ends)
-        if self.config.gated_linear_unit:
-            gate, up = inner.chunk(2, -1)
-            inner = self.config.activation_func(gate) * up
-        else:
-            inner = self.config.activation_func(inner)
-        return self._product((inner * shares[:, None]).to(tokens.dtype), "linear_fc2", ends), None
-
-    def _product(self, x: torch.Tensor, name: str, ends: torch.Tensor) -> torch.Tensor:
-        weights = torch.stack([getattr(expert, name).weight for expert in self.local_experts])
-        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
-
-
 def experts_spec(config: TrunkTransformerConfig) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear)
-    experts = ModuleSpec(module=GroupedExperts if config.grouped_experts else SequentialMLP, submodules=linears)
+    # Adapters may be too narrow for a grouped product.
+    grouped = config.grouped_experts and not config.lora.rank
+    experts = ModuleSpec(module=GroupedExperts if grouped else SequentialMLP, submodules=linears)
     return ModuleSpec(module=Experts, submodules=MoESubmodules(experts=experts, router=Router))
 
 

@@ -1,7 +1,7 @@
 """What runs beside computation, where `parallel.*` leaves it to the device, and the environment that CUDA starts in.
 
 These are what Megatron-LM's users run with. Of its other switches `tp_comm_overlap` needs Transformer Engine's layers,
-which are not ours; finished outputs of pipeline stages are always released (`parallel/transformer_config.py`).
+which are not ours; sent outputs of pipeline stages are released where nothing overlaps (`transformer_config.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ WGRAD_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """Apex's kernel that adds a weight's gradient to the buffer in the product itself."""
 
 
-def select(
-    config: ParallelConfig, device: torch.device, dtype: torch.dtype, grouped_experts: bool
-) -> tuple[ParallelConfig, str]:
+def select(config: ParallelConfig, device: torch.device, dtype: torch.dtype) -> tuple[ParallelConfig, str]:
     """`config` with true or false for every null, and what that means, as a line for the log.
 
     On a CPU nothing overlaps with gradients and weights: transfers and products share its cores.
@@ -36,9 +34,7 @@ def select(
             f"parallel.gradient_accumulation_fusion=true cannot run: {obstacle}. Leave it null, or set it to false."
         )
     grads = _or(config.overlap_grad_reduce, cuda)
-    gather = _or(
-        config.overlap_param_gather, cuda and grads and config.use_distributed_optimizer and not grouped_experts
-    )
+    gather = _or(config.overlap_param_gather, cuda and grads and config.use_distributed_optimizer)
     p2p = _or(config.overlap_p2p_comm, config.virtual_pipeline_model_parallel_size is not None)
     fused = _or(config.gradient_accumulation_fusion, obstacle is None)
     beside = [

@@ -108,7 +108,8 @@ def transformer_config(
         # Batched P2P is silently wrong for interleaved schedules at PP=2 (megatron-core 0.16).
         batch_p2p_comm=False,
         overlap_p2p_comm=bool(parallel.overlap_p2p_comm),
-        deallocate_pipeline_outputs=True,
+        # Overlapped, it would free an output while that is still being sent (mended in megatron-core after 0.16).
+        deallocate_pipeline_outputs=not parallel.overlap_p2p_comm,
         variable_seq_lengths=False,
         gradient_accumulation_fusion=bool(parallel.gradient_accumulation_fusion),
         bias_dropout_fusion=False,

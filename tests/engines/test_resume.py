@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
 CP2 = ["parallel.context_parallel_size=2"]
+GROUPED = ["model.trunk.moe_grouped_gemm=true"]
 EP2, PLAIN = ["parallel.expert_model_parallel_size=2"], ["parallel.use_distributed_optimizer=false"]
 
 
@@ -74,6 +75,7 @@ def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
         ("transfusion_experts", EP2, [], 1, 1e-5),
         ("transfusion_experts", EP2, [*EP2, *TP2], 2, 1e-5),
         ("transfusion_experts", [*EP2, *PLAIN], [*TP2, *PLAIN], 2, 1e-5),
+        ("transfusion_experts", [*EP2, *GROUPED], GROUPED, 1, 1e-5),
     ],
     ids=[
         "same-layout",
@@ -89,6 +91,7 @@ def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
         "ep2-to-one",
         "ep2-to-ep2-tp2",
         "plain-ep2-to-tp2",
+        "grouped-ep2-to-one",
     ],
 )
 def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run, whole, tmp_path):

@@ -11,6 +11,7 @@ from megatron_mm.config.model import TrunkConfig
 from megatron_mm.engines.megatron import build_chunks
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
+from megatron_mm.parallel.experts import GroupedExperts
 from megatron_mm.parallel.moe import Routing, take_routing
 
 CPU = torch.device("cpu")
@@ -29,23 +30,30 @@ def moe_layer(init, precision, x, weights, dispatcher, grouped):
     with process_groups(config.parallel, 0, CPU, **init) as layout:
         (model,) = build_chunks(config, build_family(config.model, 256), layout, CPU)
         layer = model.decoder.layers[0].mlp
+        up, down = (expert_weights(layer.experts, name) for name in ("linear_fc1", "linear_fc2"))
         with torch.no_grad():
             layer.router.weight.copy_(weights["gate"])
-            for number, expert in enumerate(layer.experts.local_experts):
-                expert.linear_fc1.weight.copy_(weights["up"][number])
-                expert.linear_fc2.weight.copy_(weights["down"][number])
+            for weight, name in ((up, "up"), (down, "down")):
+                for own, given in zip(weight, weights[name], strict=True):
+                    own.copy_(given)
         x = x.clone().requires_grad_()
         layer.show_tokens(KINDS)
         output, _ = layer(x)
         output.square().sum().backward()
-        experts = layer.experts.local_experts
         gradients = {
             "x": x.grad,
             "gate": layer.router.weight.grad,
-            "up": torch.stack([expert.linear_fc1.weight.grad for expert in experts]),
-            "down": torch.stack([expert.linear_fc2.weight.grad for expert in experts]),
+            "up": up.grad if grouped else torch.stack([weight.grad for weight in up]),
+            "down": down.grad if grouped else torch.stack([weight.grad for weight in down]),
         }
         return output.detach(), gradients, Routing.of(model.config, take_routing([model]).tolist())
+
+
+def expert_weights(experts, name):
+    """One parameter for all, or a list of them."""
+    if isinstance(experts, GroupedExperts):
+        return getattr(experts, name).weight
+    return [getattr(expert, name).weight for expert in experts.local_experts]
 
 
 @pytest.mark.parametrize(("dispatcher", "grouped"), [("alltoall", False), ("allgather", False), ("alltoall", True)])

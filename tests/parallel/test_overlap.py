@@ -21,9 +21,9 @@ def apex(monkeypatch):
     monkeypatch.setattr(overlap.importlib.util, "find_spec", found)
 
 
-def chosen(config, device, dtype=torch.bfloat16, grouped_experts=False):
+def chosen(config, device, dtype=torch.bfloat16):
     """The names of what is on."""
-    selected, line = overlap.select(config, device, dtype, grouped_experts)
+    selected, line = overlap.select(config, device, dtype)
     assert all(type(getattr(selected, key)) is bool for key in KEYS)
     assert replace(selected, **dict.fromkeys(KEYS)) == replace(config, **dict.fromkeys(KEYS))
     assert ("Apex" in line) == (device == CUDA and not selected.gradient_accumulation_fusion)
@@ -37,7 +37,7 @@ def test_a_cpu_overlaps_only_the_interleaved_pipeline(apex):
 
 def test_cuda_overlaps_all_that_can(apex):
     assert chosen(INTERLEAVED, CUDA) == set(KEYS)
-    assert chosen(ParallelConfig(), CUDA, grouped_experts=True) == {"overlap_grad_reduce", KEYS[3]}
+    assert chosen(INTERLEAVED, CUDA, torch.float64) == set(KEYS[:3])
     plain = ParallelConfig(use_distributed_optimizer=False)
     assert chosen(plain, CUDA) == {"overlap_grad_reduce", KEYS[3]}
     assert chosen(ParallelConfig(overlap_grad_reduce=False), CUDA) == {KEYS[3]}
