@@ -54,6 +54,11 @@ class StageModel(MegatronModule):
         if config.lora.rank:
             adapt(self, config.lora, config.dropout_seed)
 
+    @classmethod
+    def of_this_rank(cls, config: TrunkTransformerConfig, family: Family) -> StageModel:
+        """The only chunk that this rank has where pipelining is not interleaved."""
+        return cls(config, family, mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage(), virtual_stage=None)
+
     def set_input_tensor(self, input_tensor) -> None:
         """Called by the pipeline schedule with the previous stage's output."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
