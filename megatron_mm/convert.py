@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,9 +35,10 @@ from megatron_mm.engines.derived import assemble_experts, checkpoint_config, mer
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.base import Vocabulary
 from megatron_mm.families.registry import build_family
+from megatron_mm.interop.json_object import read_object
 from megatron_mm.interop.peft import adapters_to_peft, config_to_peft
 from megatron_mm.interop.registry import CONVERTERS, family_of
-from megatron_mm.interop.rules import VQ_PREFIX, check_trunk
+from megatron_mm.interop.rules import VQ_PREFIX, check_trunk, with_tied_head
 from megatron_mm.interop.safetensors_folder import WeightsFolder, save_safetensors
 from megatron_mm.parallel.distributed import single_process
 
@@ -53,10 +55,12 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     """
     if (out / TRACKER).exists():
         raise CheckpointError(f"out={out} already holds a checkpoint: choose another folder, or remove it.")
-    hf = _read_json(src / "config.json")
+    hf = read_object(src / "config.json")
     kind, tokenizer = family_of(hf), src / "tokenizer.json"
     converter = CONVERTERS[kind]
-    described = converter.overrides_from_hf(hf, _read_json(tokenizer) if tokenizer.exists() else {})
+    if not (tokenizer.exists() or any(o.startswith("data.tokenizer=") for o in overrides)):
+        raise ValueError(f"{tokenizer} is missing: put it there, or give data.tokenizer=PATH (or bytes).")
+    described = converter.overrides_from_hf(hf, read_object(tokenizer) if tokenizer.exists() else {})
     derived = ["run.name=converted", "data.path=data", *described]
     derived += [f"data.tokenizer='{tokenizer.absolute()}'"] if tokenizer.exists() else []
     derived += [] if any(o.startswith("model=") for o in overrides) else [f"model={kind}"]
@@ -64,7 +68,9 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     validate(config, world_size=1)
     check_trunk(config.model.trunk, converter.trunk, converter.theirs)
     vocab = _vocabulary(config)
-    tensors = WeightsFolder(src)
+    tensors: Mapping[str, torch.Tensor] = WeightsFolder(src)
+    if converter.ties_head(hf):
+        tensors = with_tied_head(converter.rules(config.model, vocab.size), tensors)
     _make_folder(out)
     _write_json(out / CONFIG_FILE, hf)
     image_tokenizer = {name: tensors[name] for name in tensors if name.startswith(VQ_PREFIX)}
@@ -92,7 +98,7 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     converter = CONVERTERS[config.model.family]
     vocab = _vocabulary(config)
     original = path.parent / CONFIG_FILE
-    hf = converter.config_to_hf(config.model, vocab, _read_json(original) if original.exists() else {})
+    hf = converter.config_to_hf(config.model, vocab, read_object(original) if original.exists() else {})
     with single_process(torch.device("cpu")):
         weights = load_whole_weights(path)
     tensors = dict(converter.weights_to_hf(weights, config.model, vocab.size))
@@ -182,17 +188,6 @@ def _known() -> str:
 
 def _vocabulary(config: Config) -> Vocabulary:
     return build_family(config.model, load_tokenizer(config.data.tokenizer).size).vocab
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error.strerror}. Give the folder of a Hugging Face model."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def _write_json(path: Path, content: dict) -> None:

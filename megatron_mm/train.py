@@ -29,6 +29,7 @@ from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_par
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import on_first_rank, pick_device, process_groups
+from megatron_mm.parallel.init import Fresh
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
@@ -89,15 +90,17 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     on_first_rank(lambda: bool(open_run(config)))  # writes the index, which the other ranks then find
     family, plan, reader, ledger = open_run(config)
     on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
-    on_first_rank(lambda: continues(config))
+    resumes = on_first_rank(lambda: continues(config) and _has_checkpoint(config))
     lock = RunLock(folder)
     on_first_rank(lock.acquire)
     try:
-        engine = MegatronEngine(config, family, layout, device)
-        resume = on_first_rank(lambda: open_run_folder(config, lock))
+        # A checkpoint to start from brings every weight but new adapters.
+        fresh: Fresh = "none" if resumes else "adapters" if config.checkpoint.load else "all"
+        engine = MegatronEngine(config, family, layout, device, fresh)
+        on_first_rank(lambda: open_run_folder(config, lock))
         saves = config.checkpoint
         with closing(Checkpointer(engine, saves.save or folder, saves.keep, saves.async_save)) as checkpoint:
-            return _train(engine, checkpoint, plan, reader, ledger, resume, stop)
+            return _train(engine, checkpoint, plan, reader, ledger, resumes, stop)
     finally:
         lock.release()
 
@@ -108,13 +111,13 @@ def _train(
     plan: Plan,
     reader: SampleReader,
     ledger: list[LedgerEntry],
-    resume: bool,
+    resumes: bool,
     stop: StopSignal,
 ) -> list[StepMetrics]:
     """The iterations that are left of the run in run.dir, whose lock rank 0 holds. Returns this process's steps."""
     config, layout, folder = engine.config, engine.layout, Path(engine.config.run.dir)
     iteration, state = 0, DataState()
-    if resume and config.checkpoint.save and latest_iteration(config.checkpoint.save):
+    if resumes:
         common = checkpoint.load(config.checkpoint.save)
         iteration, state = common["iteration"], DataState.from_dict(common["data_state"])
     elif config.checkpoint.load:
@@ -160,6 +163,10 @@ def _train(
     if writer and steps:
         plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return steps
+
+
+def _has_checkpoint(config: Config) -> bool:
+    return config.checkpoint.save is not None and latest_iteration(config.checkpoint.save) is not None
 
 
 def _announce(writer: MetricsWriter, engine: MegatronEngine, plan: Plan, ledger: list, iteration: int) -> None:

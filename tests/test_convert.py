@@ -26,7 +26,11 @@ CONFIG = {
     "num_key_value_heads": 4,
 }
 IDS = {"pad": 0, "bos": 1, "eos": 2, "boi": 3, "eoi": 4, "image_start": 5}
-OVERRIDES = ["model.image_codes=7", *(f"model.vocabulary.{name}={value}" for name, value in IDS.items())]
+OVERRIDES = [
+    "data.tokenizer=bytes",
+    "model.image_codes=7",
+    *(f"model.vocabulary.{name}={value}" for name, value in IDS.items()),
+]
 
 
 def half_precision_round_trip(init, folder):
@@ -74,6 +78,9 @@ def test_bf16_weights_load_into_fp32_and_come_back_as_they_were(tmp_path):
 def folder(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(CONFIG))
+    for name, content in (("list", b"[]"), ("binary", b"\xff\xfe\xff")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(content)
     return tmp_path
 
 
@@ -86,7 +93,16 @@ def folder(tmp_path):
         (["to_hf", "checkpoint={}", "out={}/x", "model=chameleon"], "takes only checkpoint and out: leave out model="),
         (["to_hf", "checkpoint={}", "out={}/x"], "holds no checkpoint"),
         (["from_hf", "src={}/none", "out={}/x"], r"none/config\.json cannot be read: No such file"),
-        (["from_hf", "src={}/hf", "out={}/x"], r"set but for .*model\.vocabulary\.image_start: set all"),
+        (
+            ["from_hf", "src={}/hf", "out={}/x"],
+            r"hf/tokenizer\.json is missing: put it there, or give data\.tokenizer=",
+        ),
+        (["from_hf", "src={}/list", "out={}/x"], r"list/config\.json holds no JSON object but a list"),
+        (["from_hf", "src={}/binary", "out={}/x"], r"binary/config\.json is not JSON"),
+        (
+            ["from_hf", "src={}/hf", "out={}/x", "data.tokenizer=bytes"],
+            r"set but for .*model\.vocabulary\.image_start: set all",
+        ),
         (["from_hf", "src={}/hf", "out={}/x", *OVERRIDES], r"hf holds no \*\.safetensors files"),
         (
             ["from_hf", "src={}/hf", "out={}/x", *OVERRIDES, "model.image_codes=999"],

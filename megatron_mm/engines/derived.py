@@ -16,7 +16,7 @@ from megatron_mm.config.schema import LoraConfig
 from megatron_mm.engines.checkpoint import common_state
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.nn.lora import merge
-from megatron_mm.parallel.init import drawn
+from megatron_mm.parallel.draw import drawn
 
 
 def checkpoint_config(folder: Path) -> Config:
@@ -76,7 +76,7 @@ def assemble_experts(checkpoints: Sequence[Path], out: Path, overrides: Mapping[
     shape = (len(checkpoints), trunk.hidden_size)
     for layer in range(0, trunk.num_layers, trunk.moe_layer_freq):
         name = f"decoder.layers.{layer}.mlp.router.weight"
-        router = drawn(config.train.seed, name, shape) * trunk.init_method_std
+        router = drawn(f"{config.train.seed}/{name}", shape) * trunk.init_method_std
         weights[name] = router.to(next(iter(weights.values())).dtype)
     save_whole_weights(out, weights.items(), to_yaml(config))
     return config

@@ -26,7 +26,7 @@ from megatron_mm.nn import attention, fusion
 from megatron_mm.parallel import overlap
 from megatron_mm.parallel.context.runtime import ContextParallel, HostPart
 from megatron_mm.parallel.cpu_device import direct
-from megatron_mm.parallel.init import initialize
+from megatron_mm.parallel.init import Fresh, initialize
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.lora import check_targets
 from megatron_mm.parallel.model import StageModel
@@ -99,8 +99,10 @@ def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
     return Parts(backend, fused, parallel, lines)
 
 
-def build_chunks(config: Config, family: Family, layout: Layout, device: torch.device) -> list[StageModel]:
-    """This rank's model chunks (several under interleaved pipelining), initialised from the run's seed."""
+def build_chunks(
+    config: Config, family: Family, layout: Layout, device: torch.device, fresh: Fresh = "all"
+) -> list[StageModel]:
+    """This rank's model chunks (several under interleaved pipelining), `fresh` weights drawn from the run's seed."""
     parts = select_parts(config, family, device)
     if layout.rank == 0:
         for reason in parts.reasons:
@@ -114,7 +116,7 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
         first = layout.pp_rank == 0 and stage == 0
         last = layout.pp_rank == layout.pp_size - 1 and stage == layout.virtual_stages - 1
         chunk = StageModel(core, family, first, last, virtual)
-        initialize(chunk, config.train.seed)
+        initialize(chunk, config.train.seed, fresh)
         chunks.append(chunk)
     check_targets(chunks, config.lora)
     return chunks
@@ -123,12 +125,13 @@ def build_chunks(config: Config, family: Family, layout: Layout, device: torch.d
 class MegatronEngine:
     """Model chunks under DDP, optimizer and schedule of one rank.
 
+    fresh: the weights that are drawn; the others wait for a checkpoint.
     trained_of: (numbers that train, all numbers) in the parameters of the whole model.
     """
 
-    def __init__(self, config: Config, family: Family, layout: Layout, device: torch.device):
+    def __init__(self, config: Config, family: Family, layout: Layout, device: torch.device, fresh: Fresh = "all"):
         self.config, self.family, self.layout, self.device = config, family, layout, device
-        self.models = build_chunks(config, family, layout, device)
+        self.models = build_chunks(config, family, layout, device, fresh)
         self.trained_of = freeze(self.models, config.optim)
         parallel = select_parts(config, family, device).parallel
         ddp = DistributedDataParallelConfig(

@@ -32,7 +32,7 @@ _DEFAULTS = {
 }
 """transformers' own defaults of ChameleonConfig, which it leaves out of config.json."""
 
-_UNSUPPORTED = ("attention_bias", "mlp_bias", "attention_dropout", "tie_word_embeddings", "rope_scaling")
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "attention_dropout", "rope_scaling")
 _NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "boi": "<racm3:break>", "eoi": "<eoss>"}
 """Chameleon's names of the specials in `vocabulary_map`."""
 

@@ -35,6 +35,7 @@ class Converter:
     weights_from_hf, weights_to_hf: (weights, model config, vocabulary size) -> weights.
     weights_file: the name that the other side reads.
     image_tokenizer: whether its weights are among the model's own.
+    tied: whether head and embedding are one weight where config.json says nothing of it (None: they never are).
     """
 
     theirs: str
@@ -46,6 +47,11 @@ class Converter:
     weights_to_hf: Callable[..., Weights]
     weights_file: str = "model.safetensors"
     image_tokenizer: bool = True
+    tied: bool | None = None
+
+    def ties_head(self, hf: Mapping[str, Any]) -> bool:
+        """Whether a config.json makes the head the embedding."""
+        return self.tied is not None and bool(hf.get("tie_word_embeddings", self.tied))
 
 
 CONVERTERS = {
@@ -57,6 +63,7 @@ CONVERTERS = {
         chameleon_weights.rules,
         chameleon_weights.weights_from_hf,
         chameleon_weights.weights_to_hf,
+        tied=False,
     ),
     "janus": Converter(
         "Hugging Face's Janus",
@@ -66,6 +73,7 @@ CONVERTERS = {
         janus_weights.rules,
         janus_weights.weights_from_hf,
         janus_weights.weights_to_hf,
+        tied=True,
     ),
     "mmada": Converter(
         "MMaDA",

@@ -8,6 +8,8 @@ Shape legend: H heads, G key/value heads, Dh head size, D hidden size.
 
 from __future__ import annotations
 
+import logging
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -18,6 +20,8 @@ import torch.nn.functional as F
 
 from megatron_mm.config.model import ImageConfig, TrunkConfig
 from megatron_mm.parallel.ops import padded_vocab_size
+
+logger = logging.getLogger(__name__)
 
 LLAMA = {
     "normalization": "RMSNorm",
@@ -166,6 +170,18 @@ def convert_in(rules: Iterable[Rule], tensors: Mapping[str, torch.Tensor]) -> It
         for part, (name, shape) in zip(parts, rule.sources.items(), strict=True):
             _check_shape(name, part, shape)
         yield rule.name, rule.join(*parts)
+
+
+def with_tied_head(rules: Iterable[Rule], tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """`tensors` of a model whose configuration ties its head to its embedding: where one of the two is missing, it is
+    the other, as in transformers. Ours are two weights, which may part in training."""
+    embedding, head = "front.embedding.weight", "back.head.weight"
+    named = {rule.name: next(iter(rule.sources)) for rule in rules if rule.name in (embedding, head)}
+    for missing, present in ((named[head], named[embedding]), (named[embedding], named[head])):
+        if missing not in tensors and present in tensors:
+            logger.info("%s is tied to %s: it starts as its copy", missing, present)
+            return ChainMap({missing: tensors[present]}, tensors)
+    return tensors
 
 
 def convert_out(

@@ -18,17 +18,18 @@ def hashed_dropout(x: torch.Tensor, p: float, token_hash: torch.Tensor, first_ch
     `token_hash` int32 [...] comes from `hash_tokens`. `first_channel`: number of x's first channel, where x is a part.
     """
     channels = _wrap(torch.arange(first_channel, first_channel + x.shape[-1], device=x.device) * _GOLDEN)
-    bits = _lowbias32(token_hash.unsqueeze(-1) ^ channels)
+    bits = lowbias32(token_hash.unsqueeze(-1) ^ channels)
     keep = bits >= int(p * 2**32) - 2**31
     return x * (keep.to(x.dtype) / (1.0 - p))
 
 
 def hash_tokens(keys: torch.Tensor, positions: torch.Tensor, salt: int) -> torch.Tensor:
     """int32 hash of each token's document key and position (int32 tensors of one shape) under a site's `salt`."""
-    return _lowbias32(_lowbias32(keys ^ _signed(salt * _GOLDEN)) + positions)
+    return lowbias32(lowbias32(keys ^ _signed(salt * _GOLDEN)) + positions)
 
 
-def _lowbias32(x: torch.Tensor) -> torch.Tensor:
+def lowbias32(x: torch.Tensor) -> torch.Tensor:
+    """Wellons' hash of int32 tensors, one to one."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _signed(0x7FEB352D)
     x = x ^ ((x >> 15) & 0x1FFFF)

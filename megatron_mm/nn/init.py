@@ -9,9 +9,22 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 T = TypeVar("T", bound=nn.Module)
+
+
+class Undrawn(TorchDispatchMode):
+    """Builds modules of torch and transformers with zeros for what they draw, since the engine draws weights by their
+    names."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return args[0].zero_() if func in _DRAWS else func(*args, **(kwargs or {}))
+
+
+_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
 
 
 def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:

@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_mm.families.base import Family
 from megatron_mm.nn.fusion import rotary_table
+from megatron_mm.nn.init import Undrawn
 from megatron_mm.parallel.context.borrow import narrow, widen
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.layer import block_spec
@@ -40,17 +41,23 @@ class StageModel(MegatronModule):
         self.rotary_dim, self.rotary_base = family.trunk.rotary_dim, family.trunk.rotary_base
         ops = MegatronOps(config)
         options = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
-        self.front = family.build_front(ops).to(**options) if first else None
-        self.decoder = TransformerBlock(
-            config,
-            block_spec(config, get_num_layers_to_build(config, virtual_stage), virtual_stage),
-            pre_process=first,
-            post_process=last,
-            vp_stage=virtual_stage,
-        )
-        self.back = family.build_back(ops).to(**options) if last else None
+        with Undrawn():
+            self.front = family.build_front(ops).to(**options) if first else None
+            self.decoder = TransformerBlock(
+                config,
+                block_spec(config, get_num_layers_to_build(config, virtual_stage), virtual_stage),
+                pre_process=first,
+                post_process=last,
+                vp_stage=virtual_stage,
+            )
+            self.back = family.build_back(ops).to(**options) if last else None
         if config.lora.rank:
             adapt(self, config.lora, config.dropout_seed)
+
+    @classmethod
+    def of_this_rank(cls, config: TrunkTransformerConfig, family: Family) -> StageModel:
+        """The only chunk that this rank has where pipelining is not interleaved."""
+        return cls(config, family, mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage(), virtual_stage=None)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Called by the pipeline schedule with the previous stage's output."""

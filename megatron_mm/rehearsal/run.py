@@ -10,7 +10,6 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import megatron_mm.engines.megatron as engine_module
 from megatron_mm.benchmark.synthetic import rank_steps
 from megatron_mm.config.compose import Config
 from megatron_mm.engines.megatron import MegatronEngine
@@ -97,8 +96,7 @@ def enough(config: Config) -> int:
 
 def _engine(config: Config, family: Family, layout: Layout, recorder: Recorder) -> MegatronEngine:
     """The engine as it is after its first step: the optimizer has its states. Weights are not drawn."""
-    with patch.object(engine_module, "initialize", lambda model, seed: None):
-        engine = MegatronEngine(config, family, layout, META)
+    engine = MegatronEngine(config, family, layout, META, fresh="none")
     recorder.enter(OPTIMIZER)
     squared_grad_norm(engine.optimizer)
     clip_and_step(engine.optimizer, 1.0)

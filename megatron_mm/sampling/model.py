@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state as mpu
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
@@ -76,8 +75,7 @@ class SamplingModel:
         family = build_family(config.model, tokenizer.size)
         # Where the cache is not in use (tests), any backend does; the run's own may not run on this device.
         core = transformer_config(family.trunk, config.parallel, config.train, "reference", lora=config.lora)
-        first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
-        stage = StageModel(core, family, first, last, virtual_stage=None).eval()
+        stage = StageModel.of_this_rank(core, family).eval()
         return cls(config, family, tokenizer, codec, stage, device)
 
     def from_back(self, compute: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:

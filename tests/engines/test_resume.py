@@ -12,6 +12,7 @@ from distributed import kill_when
 from tiny_runs import overrides_for, run_training
 
 from megatron_mm.engines.checkpoint import CheckpointError, latest_iteration, resolve
+from megatron_mm.parallel import init
 from megatron_mm.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -101,6 +102,20 @@ def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run
     kill_training_when(run(family, *first), 2, lambda: metrics.exists() and metrics.read_text().count("\n") >= moment)
     run_training(run(family, "run.if_exists=resume", *then), world_size)
     assert_joins(folder, whole(family), tolerance)
+
+
+@pytest.mark.parametrize("start", ["run.if_exists=resume", "checkpoint.load"])
+def test_weights_of_a_checkpoint_are_not_drawn(start, run, whole, tmp_path, monkeypatch):
+    expected = whole("chameleon")
+    run_training(run("chameleon", "train.exit_interval=3"))
+    monkeypatch.setattr(init, "draw", None)  # who draws calls it
+    with pytest.raises(AssertionError, match="'NoneType' object is not callable"):
+        run_training(run("chameleon", folder="new"))
+    if start == "checkpoint.load":
+        run_training(run("chameleon", f"checkpoint.load={tmp_path}/run/checkpoints", folder="loaded"))
+    else:
+        run_training(run("chameleon", start))
+        assert_joins(tmp_path / "run", expected, 1e-5)
 
 
 def test_kill_in_the_middle_of_a_save(run, whole, tmp_path):

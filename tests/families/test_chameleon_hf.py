@@ -96,7 +96,7 @@ def make_oracle(_init, folder: Path, swin: bool, kv_heads: int) -> Oracle:
             else:
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder / "hf")
-    from_hf(folder / "hf", folder / "checkpoint", [])
+    from_hf(folder / "hf", folder / "checkpoint", ["data.tokenizer=bytes"])
 
     logits, losses, log_zs = [], [], []
     for row in documents():

@@ -147,7 +147,8 @@ def make_oracle(_init, folder: Path) -> Oracle:
                 parameter.normal_(std=0.15)
         model.model.generation_head.vision_head.bias.normal_(std=0.05)
     model.save_pretrained(folder / "hf")
-    from_hf(folder / "hf", folder / "checkpoint", [f"model.vocabulary.boi={BOI}", f"model.vocabulary.eoi={EOI}"])
+    ids = [f"model.vocabulary.boi={BOI}", f"model.vocabulary.eoi={EOI}"]
+    from_hf(folder / "hf", folder / "checkpoint", ["data.tokenizer=bytes", *ids])
 
     readings = [[read_with_transformers(model, *document) for document in row] for row in ROWS]
     flat = [reading for row in readings for reading in row]

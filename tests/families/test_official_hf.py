@@ -136,7 +136,7 @@ def make(_init, folder: Path, name: str) -> list[list[torch.Tensor]]:
     (folder / "official" / "config.json").write_text(json.dumps(official.config))
     weights = {official.rename(n): w for n, w in model.state_dict().items()}
     save_file(weights, folder / "official" / "model.safetensors")
-    from_hf(folder / "official", folder / "checkpoint", [])
+    from_hf(folder / "official", folder / "checkpoint", ["data.tokenizer=bytes"])
     family = build_family(load_config(folder / "checkpoint").model, TEXT)
     with torch.no_grad():
         return [[logits_of(model, document) for document in row] for row in rows_of(family)]
@@ -231,7 +231,7 @@ def convert_twice(_init, folder: Path) -> None:
     """Without the config that it came from, so that all of it is ours; then in again."""
     (folder / "hf_config.json").unlink()
     to_hf(folder, folder / "alone")
-    from_hf(folder / "alone", folder / "again", [])
+    from_hf(folder / "alone", folder / "again", ["data.tokenizer=bytes"])
 
 
 @pytest.mark.slow

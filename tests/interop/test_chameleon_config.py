@@ -68,7 +68,6 @@ def test_image_tokens_out_of_order_are_told(tmp_path, caplog):
     [
         ({"model_type": "llama"}, "model_type=llama, but only chameleon"),
         ({"attention_bias": True}, "attention_bias=True, which our Chameleon does not do"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "rope_type=linear"),

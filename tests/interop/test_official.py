@@ -11,7 +11,6 @@ from megatron_mm.config.model import TrunkConfig
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop import mmada_config, mmada_weights, showo_config, showo_weights
 from megatron_mm.interop.registry import CONVERTERS, family_of
-from megatron_mm.interop.safetensors_folder import WeightsFolder
 
 VOCAB = 200
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
@@ -148,13 +147,3 @@ def test_norms_that_training_made_differ_between_heads_are_refused():
     ours[name][1, 3] = 1e-6
     with pytest.raises(ValueError, match=f"{name} differs between heads, but Show-o's heads share one showo.model"):
         dict(showo_weights.weights_to_hf(ours, SHOWO, VOCAB))
-
-
-def test_weights_in_torch_s_own_files_are_read(tmp_path):
-    torch.save({"a": torch.arange(3), "b": torch.ones(2, 2).bfloat16()}, tmp_path / "pytorch_model.bin")
-    weights = WeightsFolder(tmp_path)
-    assert list(weights) == ["a", "b"] and weights["a"].tolist() == [0, 1, 2] and weights["b"].dtype == torch.bfloat16
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read .*download it again") as error:
-        WeightsFolder(tmp_path)
-    assert "\n" not in str(error.value)

@@ -10,12 +10,15 @@ from sharded import assemble, local_shards
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_mm.config.compose import Config
+from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import ChameleonConfig, ImageConfig, TransfusionConfig, TrunkConfig
-from megatron_mm.config.schema import ParallelConfig, TrainConfig
+from megatron_mm.config.schema import LoraConfig, ParallelConfig, TrainConfig
+from megatron_mm.config.unimoe import UniMoEConfig
 from megatron_mm.engines.megatron import build_chunks
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
+from megatron_mm.parallel.draw import Normal
 
 TP, PP, VPP = (f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model"))
 TRUNK = TrunkConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, qk_layernorm=True)
@@ -38,6 +41,20 @@ MODELS = {
     "experts": ChameleonConfig(trunk=replace(TRUNK, num_experts=4, moe_layer_freq=3), image_codes=16),
     "janus": JanusConfig(trunk=TRUNK, image_codes=16, encoder=EncoderConfig(24, 2, 2, image_size=8, patch_size=4)),
     "transfusion": TransfusionConfig(trunk=TRUNK, image=ImageConfig(height=8, width=8), patch_codec="unet"),
+}
+OTHERS = {
+    "showo_flow": ShowoFlowConfig(
+        trunk=TRUNK,
+        image=ImageConfig(channels=4, height=4, width=4),
+        semantic_hidden_size=16,
+        semantic_layers=1,
+        semantic_heads=2,
+        semantic_ffn_size=32,
+        flow_layers=1,
+    ),
+    "unimoe": UniMoEConfig(
+        trunk=replace(TRUNK, num_experts=4), encoder=EncoderConfig(16, 1, 2, image_size=8, patch_size=4)
+    ),
 }
 CPU = torch.device("cpu")
 
@@ -113,3 +130,43 @@ def test_no_two_weights_are_alike(name, whole):
     drawn += [w for k, w in weights(name, seed=1).items() if "layernorm" not in k]
     rows = torch.cat([w.flatten().unfold(0, 16, 16) for w in drawn])
     assert len(rows.unique(dim=0)) == len(rows)
+
+
+def drawn_and_held(init, parallel, fresh, monkeypatch):
+    """How many numbers a rank draws, how many its matrices hold, and its chunks' weights."""
+    count = []
+    monkeypatch.setattr(Normal, "__call__", lambda self, bits: count.append(bits.numel()) or torch.zeros(bits.shape))
+    config = Config(model=MODELS["janus"], parallel=ParallelConfig(**parallel), lora=LoraConfig(rank=2))
+    with process_groups(config.parallel, 0, CPU, **init) as layout:
+        chunks = build_chunks(config, build_family(config.model, 256), layout, CPU, fresh)
+        return sum(count), {name: p.numel() for chunk in chunks for name, p in chunk.named_parameters() if p.dim() > 1}
+
+
+@pytest.mark.parametrize("parallel", [{TP: 2}, {PP: 2}], ids=str)
+def test_a_rank_draws_no_more_than_it_holds(parallel, monkeypatch):
+    for drawn, held in run_ranks(drawn_and_held, 2, parallel, "all", monkeypatch):
+        assert 0.9 * sum(held.values()) < drawn <= sum(held.values())
+
+
+def test_what_a_checkpoint_brings_is_not_drawn(monkeypatch):
+    ((drawn, _),) = run_ranks(drawn_and_held, 1, {}, "none", monkeypatch)
+    assert drawn == 0
+    ((drawn, held),) = run_ranks(drawn_and_held, 1, {}, "adapters", monkeypatch)
+    assert drawn == sum(size for name, size in held.items() if name.endswith("lora_A")) > 0
+
+
+def built(init, model):
+    """A family's weights on memory full of NaN, whose own modules must not draw either."""
+    torch.use_deterministic_algorithms(True)
+    config = Config(model=model)
+    with process_groups(config.parallel, 0, CPU, **init) as layout:
+        before = torch.get_rng_state()
+        (chunk,) = build_chunks(config, build_family(model, 256), layout, CPU)
+        assert torch.equal(torch.get_rng_state(), before), "something was drawn twice"
+        return {name: parameter.isfinite().all().item() for name, parameter in chunk.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["phi", "janus", "transfusion", "showo_flow", "unimoe"])
+def test_every_weight_is_drawn_once(name):
+    (finite,) = run_ranks(built, 1, {**MODELS, **OTHERS}[name])
+    assert all(finite.values()), [name for name, is_finite in finite.items() if not is_finite]

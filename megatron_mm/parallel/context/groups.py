@@ -19,28 +19,21 @@ class Groups:
 
 
 def make_groups(inner_sizes: Iterable[int]) -> dict[int, Groups]:
-    """This rank's groups for each inner size, a divisor of the context-parallel size. Every rank of the job calls this
-    with the same sizes."""
-    mine = tuple(mpu.get_context_parallel_global_ranks())
-    everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    contexts = sorted(set(everyone))
+    """This rank's groups for each inner size, a divisor of the context-parallel size. Every rank of a context-parallel
+    group calls this with the same sizes."""
+    ranks, mine = mpu.get_context_parallel_global_ranks(), mpu.get_context_parallel_rank()
     return {
-        size: Groups(
-            _split([ranks[first : first + size] for ranks in contexts for first in range(0, len(ranks), size)]),
-            _split([ranks[number::size] for ranks in contexts for number in range(size)]),
-        )
+        size: Groups(_make(ranks[mine - mine % size :][:size]), _make(ranks[mine % size :: size]))
         for size in inner_sizes
     }
 
 
-def _split(all_ranks: list[tuple[int, ...]]) -> dist.ProcessGroup:
-    """Makes every group, and returns the one that this rank is in."""
-    groups = [dist.new_group(list(ranks)) for ranks in all_ranks]
-    rank = dist.get_rank()
-    mine = next(group for ranks, group in zip(all_ranks, groups, strict=True) if rank in ranks)
-    connect(mine)
-    return mine
+def _make(ranks: list[int]) -> dist.ProcessGroup:
+    """A group of this rank's, which only its members make. One rank alone needs no connection."""
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    if len(ranks) > 1:
+        connect(group)
+    return group
 
 
 def connect(group: dist.ProcessGroup) -> None:
