@@ -64,14 +64,11 @@ def compiling_graphs(capability: int = 90, device: torch.device = META) -> Itera
 
 def _options() -> dict[str, Any]:
     """Inductor's options: compile here and now, from the first kernel on, and keep what Triton made."""
-    launcher = next(
-        name for name in ("use_static_triton_launcher", "use_static_cuda_launcher") if hasattr(config, name)
-    )
     return {
         "compile_threads": 1,
         "force_disable_caches": True,
         "joint_custom_pre_pass": partial(_move, device=CUDA),
-        launcher: False,
+        "use_static_triton_launcher": False,
     }
 
 

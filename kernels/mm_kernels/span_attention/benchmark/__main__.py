@@ -5,7 +5,8 @@
 Appends one CSV row a case and implementation to OUT/attention.csv as soon as it is measured, and draws
 OUT/attention.png from all rows. Started again it goes on: what the file holds for this device and these versions is not
 measured twice. TFLOP/s count the mask's allowed pairs only, so that skipped work never inflates a figure. What does not
-first agree with an fp64 softmax is not timed.
+first agree with an fp64 softmax is not timed: a peer that is wrong, fails or is not installed is a row whose note says
+so, tried again next time; ours stops the benchmark.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS
 from mm_kernels.span_attention.benchmark.measure import forward_backward, matrix_rate, median, wrong
-from mm_kernels.span_attention.benchmark.peers import PEERS, Case, block_mask
+from mm_kernels.span_attention.benchmark.peers import MASK_BUILDERS, OURS, PEERS, Case, Unavailable
 from mm_kernels.span_attention.benchmark.plot import draw
 
 KEY = ("device", "torch", "triton", "distribution", "length", "batch", "heads", "kv_heads", "head_dim", "dtype", "peer")
 FIGURES = ("forward_ms", "backward_ms", "mask_build_ms", "forward_tflops", "backward_tflops", "share_of_matrix_rate")
+COLUMNS = (*KEY, *FIGURES, "note")
+OUT_OF_MEMORY = "out of memory"
 TOLERANCE = 16
 """Error allowed before timing, in units of the last place of the largest result; flash-attn's own bf16 makes 2 to 4."""
 CHECKED = 4096
@@ -37,19 +40,20 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "attention.csv"
-    known = {tuple(row[name] for name in KEY) for row in read(path)}
+    known = {tuple(row[name] for name in KEY): row["note"] for row in read(path)}
     rate = matrix_rate(args.device)
     print(f"{device_name(args.device)}: {f'{rate:.0f} TFLOP/s in bf16 matrix products' if rate else 'no matrix rate'}")
     deadline = time.monotonic() + args.budget
     for case, peer in cases(args):
         row = key(case, peer)
-        if tuple(row.values()) in known:
+        said = known.get(tuple(row.values()))
+        if said in ("", OUT_OF_MEMORY):
             continue
         if time.monotonic() > deadline:
             print("The time is up; start the same command again to go on.")
             break
         figures = measure(case, peer, rate, args.milliseconds)
-        if figures is not None:
+        if figures is not None and (said is None or figures["note"] != said):
             append(path, row | figures)
             print(" ".join(f"{row[name]:>12}" for name in KEY[3:]), *(f"{value:>8}" for value in figures.values()))
             sys.stdout.flush()
@@ -100,10 +104,10 @@ def key(case: Case, peer: str) -> dict[str, str]:
 
 
 def measure(case: Case, peer: str, rate: float | None, milliseconds: int) -> dict[str, object] | None:
-    """The figures of one row; empty ones where memory ran out; None where the peer cannot express the case.
+    """The figures of one row, or a note that says why there are none; None where the peer cannot express the case.
 
     Raises:
-        RuntimeError: the result is wrong.
+        RuntimeError: our result is wrong.
     """
     try:
         made = PEERS[peer](case)
@@ -113,13 +117,20 @@ def measure(case: Case, peer: str, rate: float | None, milliseconds: int) -> dic
         if case.length <= CHECKED and (error := wrong(call, case)) > TOLERANCE:
             raise RuntimeError(f"{peer} on {case.distribution} of {case.length} is wrong by {error:.0f} units.")
         forward, backward = forward_backward(call, inputs, case.qkv[3], milliseconds)
-        build = median(block_mask(case), case.device, milliseconds) if peer == "flex" else 0.0
+        build = median(MASK_BUILDERS[peer](case), case.device, milliseconds) if peer in MASK_BUILDERS else 0.0
+    except Unavailable as missing:
+        return dict.fromkeys(FIGURES, "") | {"note": str(missing)}
     except torch.OutOfMemoryError:
-        return dict.fromkeys(FIGURES, "")
+        return dict.fromkeys(FIGURES, "") | {"note": OUT_OF_MEMORY}
+    except Exception as error:  # whatever another's code makes of our case
+        if peer in OURS:
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return dict.fromkeys(FIGURES, "") | {"note": said[:200]}
     done = case.forward_flops / 1e9
     share = 3.5 * done / (forward + backward) / rate if rate else float("nan")
     values = (forward, backward, build, done / forward, 2.5 * done / backward, share)
-    return {name: f"{value:.4g}" for name, value in zip(FIGURES, values, strict=True)}
+    return {name: f"{value:.4g}" for name, value in zip(FIGURES, values, strict=True)} | {"note": ""}
 
 
 def device_name(device: torch.device) -> str:
@@ -144,7 +155,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, row: dict[str, object]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*KEY, *FIGURES], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
