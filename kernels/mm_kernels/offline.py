@@ -45,14 +45,23 @@ class Compiled:
         """Local memory of one thread: what did not fit into registers."""
         return self._resource("STACK")
 
+    @property
+    def fast_products(self) -> int:
+        """Matrix products out of shared memory: Hopper's warpgroup instructions, Blackwell's of the tensor memory."""
+        return self.count("HGMMA") + self.count("UTCHMMA")
+
     def count(self, instruction: str) -> int:
-        """How often an instruction stands in the machine code, e.g. HGMMA (Hopper's matrix product)."""
+        """How often an instruction stands in the machine code, e.g. UTMALDG (a load by the copy engine)."""
         return len(re.findall(rf"\b{instruction}\b", self._machine_code))
 
     def _resource(self, name: str) -> int:
-        found = re.search(rf"{name}:(\d+)", self._inspect("--dump-resource-usage"))
+        found = re.search(rf"{name}:(\d+)", self._usage)
         assert found is not None, f"cuobjdump says nothing of {name}"
         return int(found[1])
+
+    @cached_property
+    def _usage(self) -> str:
+        return self._inspect("--dump-resource-usage")
 
     @cached_property
     def _machine_code(self) -> str:
@@ -100,7 +109,7 @@ class _AbsentGPU:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self._target.arch)  # Triton keeps what it compiled by this number: one for each capability
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0

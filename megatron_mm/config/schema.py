@@ -180,9 +180,10 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    backend: str = choice("auto", "span", "flash", "sdpa", "reference")
+    backend: str = choice("auto", "span", "flash", "fa4", "sdpa", "reference")
     """`span` is our fused kernel, `reference` plain torch over the mask's intervals, `sdpa` torch's attention with a
-    dense mask; `flash` is flash-attn, where the mask is plain packed causal."""
+    dense mask; `flash` is flash-attn, where the mask is plain packed causal; `fa4` FlashAttention-4 over lists of the
+    mask's blocks (Hopper, Blackwell)."""
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ def _context_contradictions(config: Config) -> Iterator[tuple[bool, str]]:
     parallel, trunk = config.parallel, config.model.trunk
     cp, comm, size = parallel.context_parallel_size, parallel.context_parallel_comm, parallel.ulysses_size
     yield (
-        cp > 1 and config.attention.backend in ("sdpa", "flash"),
+        cp > 1 and config.attention.backend in ("sdpa", "flash", "fa4"),
         f"attention.backend={config.attention.backend} gives no log-sum-exp, which "
         f"parallel.context_parallel_size={cp} needs; use auto, span or reference.",
     )

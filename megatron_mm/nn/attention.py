@@ -51,10 +51,17 @@ def select(
     return name, "asked for"
 
 
+def _has_flash4() -> bool:
+    return (
+        importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
+    )
+
+
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, causal: bool, head_dim: int) -> str | None:
     """Why the backend cannot run here, if it cannot."""
     cuda = device.type != "cpu"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    hopper_or_blackwell = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] in (9, 10)
     conditions = {
         "span": [
             (TRITON, "the triton package is not installed"),
@@ -69,6 +76,12 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, causal: bool,
                 importlib.util.find_spec("flash_attn") is not None,
                 "the flash-attn package is not installed (pip install megatron_mm[flash])",
             ),
+        ],
+        "fa4": [
+            (cuda and dtype in HALF, "it needs CUDA and bf16 or fp16"),
+            (head_dim % 8 == 0 and head_dim <= 128, f"a head dimension of {head_dim} is not a multiple of 8 up to 128"),
+            (hopper_or_blackwell, "it needs a GPU of compute capability 9 or 10 (Hopper, Blackwell)"),
+            (_has_flash4(), "the flash-attn-4 package is not installed (pip install --pre flash-attn-4)"),
         ],
     }
     return next((why for fulfilled, why in conditions.get(name, []) if not fulfilled), None)
@@ -114,11 +127,19 @@ def packed_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.
     return torch.where(live[:, None, None], out, 0.0).view_as(q)
 
 
+def block_sparse_flash4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """FlashAttention-4, which walks lists of the mask's blocks."""
+    from mm_kernels.span_attention import flash4  # needs an optional dependency, present only on CUDA machines
+
+    return flash4.attend(q, k, v, mask)
+
+
 BACKENDS: dict[str, Attention] = {
     "span": fused_span,
     "reference": reference.span_attention_reference,
     "sdpa": dense_sdpa,
     "flash": packed_flash,
+    "fa4": block_sparse_flash4,
 }
 
 PARTIAL_BACKENDS = {"reference": reference} | ({"span": op} if TRITON else {})

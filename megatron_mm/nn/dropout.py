@@ -17,8 +17,8 @@ def hashed_dropout(x: torch.Tensor, p: float, token_hash: torch.Tensor, first_ch
 
     `token_hash` int32 [...] comes from `hash_tokens`. `first_channel`: number of x's first channel, where x is a part.
     """
-    channels = _wrap(torch.arange(first_channel, first_channel + x.shape[-1], device=x.device) * _GOLDEN)
-    bits = lowbias32(token_hash.unsqueeze(-1) ^ channels)
+    channels = torch.arange(first_channel, first_channel + x.shape[-1], device=x.device, dtype=torch.int32)
+    bits = lowbias32(token_hash.unsqueeze(-1) ^ (channels * _signed(_GOLDEN)))
     keep = bits >= int(p * 2**32) - 2**31
     return x * (keep.to(x.dtype) / (1.0 - p))
 
@@ -39,7 +39,3 @@ def lowbias32(x: torch.Tensor) -> torch.Tensor:
 
 def _signed(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
-
-
-def _wrap(x: torch.Tensor) -> torch.Tensor:
-    return ((x + 2**31) % 2**32 - 2**31).to(torch.int32)

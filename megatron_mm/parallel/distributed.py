@@ -50,8 +50,8 @@ def job(device: torch.device, **init_kwargs) -> Iterator[None]:
     cpu_device.enable(device)
     if "RANK" not in os.environ and not init_kwargs:
         init_kwargs = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # Otherwise each of gloo's groups opens a socket to every other rank as it is made: three groups of all data-parallel
-    # ranks beside NCCL, ten groups on a CPU.
+    # Otherwise each of gloo's groups opens a socket to every other rank as it is made: three groups of all
+    # data-parallel ranks beside NCCL, ten groups on a CPU.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     backend = os.environ.get("MEGATRON_MM_BACKEND") or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=timedelta(minutes=10), **init_kwargs)

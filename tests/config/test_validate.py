@@ -41,7 +41,7 @@ def test_accepts(world_size, overrides):
         (1, ["data.overlong=cut"], r"data\.overlong=cut must be one of error, skip"),
         (1, ["run.if_exists=merge"], r"run\.if_exists=merge must be one of error, resume, restart"),
         (1, ["logging.wandb=on"], r"logging\.wandb=.* must be one of offline, online, disabled"),
-        (1, ["attention.backend=cudnn"], r"attention\.backend=cudnn must be one of auto, span, flash, sdpa, reference"),
+        (1, ["attention.backend=cudnn"], r"backend=cudnn must be one of auto, span, flash, fa4, sdpa, reference"),
         (1, ["parallel.recompute_granularity=all"], r"recompute_granularity=all must be one of null, full, selective"),
         (1, ["model.trunk.norm_placement=post"], r"model\.trunk\.norm_placement=post must be one of pre, swin"),
         (1, ["model.patch_codec=conv"], r"model\.patch_codec=conv must be one of linear, unet"),

@@ -10,7 +10,7 @@ from devices import CUDA
 from mm_kernels.span_attention.benchmark import __main__ as benchmark
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS, IMAGES, area, documents, mask
 from mm_kernels.span_attention.benchmark.measure import wrong
-from mm_kernels.span_attention.benchmark.peers import PEERS, Case
+from mm_kernels.span_attention.benchmark.peers import PEERS, Case, Unavailable
 from mm_kernels.span_attention.benchmark.work import grid_tiles, picture, span_tiles, walked_blocks
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -94,10 +94,13 @@ def test_one_command_measures_plots_and_goes_on(tmp_path, monkeypatch):
     run(monkeypatch, "--out", tmp_path, *SMALL, "--distributions", "causal", "t2i")
     run(monkeypatch, "--out", tmp_path, *SMALL, "--distributions", "t2i", "mmada")
     rows = list(csv.DictReader((tmp_path / "attention.csv").open()))
-    measured = [(row["distribution"], row["peer"]) for row in rows]
-    assert len(measured) == len(set(measured)) == 6, "what the file holds is not measured twice"
-    assert {peer for _, peer in measured} == {"reference", "sdpa-dense"}
-    for row in rows:
+    tried = [(row["distribution"], row["peer"]) for row in rows]
+    assert len(tried) == len(set(tried)), "what the file holds is not measured twice, and said once"
+    measured = [row for row in rows if not row["note"]]
+    assert len(measured) == 6 and {row["peer"] for row in measured} == {"reference", "sdpa-dense"}
+    assert {row["note"] for row in rows} == {"", "not here: needs CUDA"}
+    assert {row["peer"] for row in rows if row["distribution"] == "causal"} == set(PEERS)
+    for row in measured:
         assert row["device"].startswith("CPU") and row["torch"] == torch.__version__ and row["commit"]
         assert float(row["forward_ms"]) > 0 and float(row["backward_ms"]) > 0
         done = 4 * 2 * 16 * sum(area(mask(row["distribution"], 64, i)) for i in range(2)) / 1e9
@@ -123,7 +126,36 @@ def test_a_peer_that_gives_up_is_a_row_that_says_why(tmp_path, monkeypatch):
     monkeypatch.setitem(PEERS, "sdpa-dense", gives_up)
     run(monkeypatch, "--out", tmp_path, *SMALL, "--distributions", "t2i")
     notes = {row["peer"]: row["note"] for row in csv.DictReader((tmp_path / "attention.csv").open())}
-    assert notes == {"reference": "", "sdpa-dense": "RuntimeError: no kernel"}
+    assert notes["reference"] == "" and notes["sdpa-dense"] == "RuntimeError: no kernel"
+
+
+def test_a_peer_that_fails_is_a_row_and_tried_again(tmp_path, monkeypatch):
+    def broken(case):
+        raise ImportError("no such\nsymbol")
+
+    narrow = ("--out", tmp_path, *SMALL, "--distributions", "t2i", "--peers", "sdpa-dense")
+    with monkeypatch.context() as patch:
+        patch.setitem(PEERS, "sdpa-dense", broken)
+        run(patch, *narrow)
+    run(monkeypatch, *narrow)
+    failed, measured = csv.DictReader((tmp_path / "attention.csv").open())
+    assert failed["note"] == "ImportError: no such" and not failed["forward_ms"]
+    assert not measured["note"] and float(measured["forward_ms"]) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["causal", "docs", "t2i"])
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != "reference"])
+def test_peers_compute_what_they_are_measured_for(name, peer):
+    case = Case(name, 1024, 2, 4, 2, 64, torch.bfloat16, torch.device("cuda"))
+    try:
+        made = PEERS[peer](case)
+    except Unavailable as missing:
+        pytest.skip(str(missing))
+    if made is None:
+        pytest.skip("cannot express the mask")
+    assert wrong(made[0], case) < benchmark.TOLERANCE
 
 
 @pytest.mark.parametrize(

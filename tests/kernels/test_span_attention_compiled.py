@@ -1,4 +1,5 @@
-"""The operator inside torch.compile, recompute and CUDA graphs; the kernels as the compiler for Hopper sees them."""
+"""The operator inside torch.compile, recompute and CUDA graphs; the kernels as the compilers for Hopper and
+Blackwell see them."""
 
 import json
 import os
@@ -93,11 +94,18 @@ def probe():
 
 
 @pytest.mark.slow
-def test_default_tiles_compile_for_hopper_without_spills_to_speak_of(probe):
+def test_default_tiles_compile_without_spills_to_speak_of(probe):
     for row in probe["resources"]:
-        assert row["hgmma"] >= 16 and row["tma_loads"] >= 8, f"not on the fast path: {row}"
+        assert row["fast_products"] >= 16 and row["tma_loads"] >= 8, f"not on the fast path: {row}"
         assert row["shared_bytes"] <= 163 * 1024, f"more than an A100 has: {row}"
         assert row["spill_bytes"] <= 96, f"more than a few scalars around the loops spill: {row}"
+    assert {row["capability"] for row in probe["resources"]} == {90, 100}
+
+
+@pytest.mark.slow
+def test_small_kernels_compile_without_spills(probe):
+    assert len(probe["small"]) == 2 * 8
+    assert not any(row["spill_bytes"] for row in probe["small"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The backends agree with each other, and each is chosen only where it can run."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_auto_runs_everywhere(causal):
     assert select("auto", CUDA, torch.float32, causal, 64)[0] == "sdpa"
     assert select("auto", CUDA, torch.bfloat16, causal, 64)[0] == "span"
     assert select("auto", CUDA, torch.bfloat16, causal, 20)[0] == "sdpa"
-    assert set(BACKENDS) == {"span", "reference", "sdpa", "flash"}
+    assert set(BACKENDS) == {"span", "reference", "sdpa", "flash", "fa4"}
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,22 @@ def test_auto_runs_everywhere(causal):
         ("flash", CPU, torch.bfloat16, True, "CUDA"),
         ("flash", CUDA, torch.float32, True, "bf16"),
         ("flash", CUDA, torch.bfloat16, False, "causal"),
+        ("fa4", CPU, torch.bfloat16, False, "CUDA"),
+        ("fa4", CUDA, torch.float32, False, "bf16 or fp16"),
         ("span", CUDA, torch.float64, True, "float64"),
     ],
 )
 def test_a_backend_says_why_it_cannot_run(name, device, dtype, causal, why):
     with pytest.raises(ValueError, match=f"attention.backend={name} cannot run: .*{why}.*attention.backend=auto"):
         select(name, device, dtype, causal, 64)
+
+
+def test_flash4_asks_for_small_heads_and_its_package():
+    with pytest.raises(ValueError, match="head dimension of 256"):
+        select("fa4", CUDA, torch.bfloat16, False, 256)
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(ValueError, match="pip install --pre flash-attn-4"):
+            select("fa4", CUDA, torch.bfloat16, False, 128)
 
 
 def test_the_span_kernel_asks_for_cuda_or_the_interpreter(monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,45 @@ def dropped(p=0.1, salt=7, keys=range(KEYS), positions=POSITIONS, channels=CHANN
     key = torch.tensor(list(keys), dtype=torch.int32)[:, None].expand(-1, positions)
     position = torch.arange(positions, dtype=torch.int32).expand(len(key), -1)
     return hashed_dropout(torch.ones(*key.shape, channels), p, hash_tokens(key, position, salt)) == 0
+
+
+def lowbias32(x):
+    """Wellons' hash as published (nullprogram.com/blog/2018/07/31), on uint32."""
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("first", [0, 12288])
+def test_the_very_bits(p, first):
+    """In numpy's unsigned numbers: runs of any version drop the same elements."""
+    salt, golden = 2**20 + 3, 0x9E3779B9
+    keys = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 7], np.uint32)[:, None]
+    positions = np.arange(70, dtype=np.uint32)
+    channels = np.arange(first, first + 300, dtype=np.uint32)
+    tokens = lowbias32(lowbias32(keys ^ np.uint32(salt * golden % 2**32)) + positions)
+    bits = lowbias32(tokens[..., None] ^ (channels * np.uint32(golden)))
+    # The threshold is one of signed numbers.
+    kept = torch.from_numpy(bits.view(np.int32) >= int(p * 2**32) - 2**31)
+
+    key, position = np.broadcast_arrays(keys, positions)
+    hashed = hash_tokens(*(torch.from_numpy(part.copy().view(np.int32)) for part in (key, position)), salt)
+    assert torch.equal(hashed, torch.from_numpy(tokens.view(np.int32)))
+    assert torch.equal(hashed_dropout(torch.ones(kept.shape), p, hashed, first) != 0, kept)
+
+
+def test_the_bits_of_the_first_run():
+    """As written down when the first model was trained."""
+    hashed = hash_tokens(torch.tensor([7, -5], dtype=torch.int32), torch.tensor([3, 4095], dtype=torch.int32), 11)
+    assert hashed.tolist() == [864719854, 1049076794]
+    kept = hashed_dropout(torch.ones(2, 64), 0.5, hashed, 100) != 0
+    assert [sum(2**i for i, bit in enumerate(row) if bit) for row in kept.tolist()] == [
+        9523581333054000773,
+        1199845487352860922,
+    ]
 
 
 def correlation(a, b, p):

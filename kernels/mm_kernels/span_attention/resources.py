@@ -3,7 +3,7 @@
     python -m mm_kernels.span_attention.resources --capability 90 --head-dims 64 128 > resources.csv
 
 One CSV row a kernel and configuration: registers and spilled bytes a thread, shared memory a program, and how many
-warpgroup matrix products (HGMMA, Hopper only) stand in the code.
+matrix products of the fast kind (HGMMA on Hopper, UTCHMMA on Blackwell) stand in the code.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from mm_kernels.span_attention.configs import KERNELS, TileConfig, candidates
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = (
     "kernel", "head_dim", "dtype", "until", "block_q", "block_k", "num_warps", "num_stages",
-    "registers", "spill_bytes", "shared_bytes", "hgmma", "triton",
+    "registers", "spill_bytes", "shared_bytes", "fast_products", "triton",
 )  # fmt: skip
 
 
-def problem(head_dim: int, dtype: torch.dtype, until: bool = False, length: int = 256) -> launch.Problem:
-    """A small attention problem on the CPU: enough to compile for."""
-    q = torch.zeros(1, length, 2, head_dim, dtype=dtype)
+def problem(
+    head_dim: int, dtype: torch.dtype, until: bool = False, length: int = 256, kv_heads: int = 2
+) -> launch.Problem:
+    """A small attention problem of two heads on the CPU: enough to compile for."""
+    q, kv = (torch.zeros(1, length, heads, head_dim, dtype=dtype) for heads in (2, kv_heads))
     mask = torch.zeros(1, 3, length, dtype=torch.int32)
-    return launch.Problem(q, q, q, mask[:, :2], mask[:, 2] if until else None, 1.0)
+    return launch.Problem(q, kv, kv, mask[:, :2], mask[:, 2] if until else None, 1.0)
 
 
 def launch_kernel(kernel: str, call: launch.Problem, config: TileConfig) -> None:
@@ -61,7 +63,7 @@ def table(head_dims: list[int], dtype: str, until: bool, capability: int) -> Ite
             call = problem(head_dim, DTYPES[dtype], until)
             for config in candidates(kernel, head_dim, call.q.element_size()):
                 made = compile_kernel(kernel, call, config, capability)
-                found = (made.registers, made.spill_bytes, made.shared_bytes, made.count("HGMMA"), triton.__version__)
+                found = (made.registers, made.spill_bytes, made.shared_bytes, made.fast_products, triton.__version__)
                 sizes = (config.block_q, config.block_k, config.num_warps, config.num_stages)
                 yield dict(zip(COLUMNS, (kernel, head_dim, dtype, until, *sizes, *found), strict=True))
 

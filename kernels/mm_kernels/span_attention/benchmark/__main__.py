@@ -5,7 +5,8 @@
 Appends one CSV row a case and implementation to OUT/attention.csv as soon as it is measured, and draws
 OUT/attention.png from all rows. Started again it goes on: what the file holds for this device, these versions and this
 commit is not measured twice. TFLOP/s count the mask's allowed pairs only, so that skipped work never inflates a figure.
-What does not first agree with an fp64 softmax is not timed, and its row says so.
+What does not first agree with an fp64 softmax is not timed, and its row says so, as that of a peer that fails or is not
+installed, which is tried again next time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from mm_kernels.rows import AROUND, Rows, around
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS
 from mm_kernels.span_attention.benchmark.measure import forward_backward, matrix_rate, median, wrong
-from mm_kernels.span_attention.benchmark.peers import PEERS, Case, block_mask
+from mm_kernels.span_attention.benchmark.peers import MASK_BUILDERS, OURS, PEERS, Case, Unavailable
 from mm_kernels.span_attention.benchmark.plot import draw
 
 KEY = ("distribution", "length", "batch", "heads", "kv_heads", "head_dim", "dtype", "peer")
@@ -31,10 +32,9 @@ TOLERANCE = 16
 """Error allowed before timing, in units of the last place of the largest result; flash-attn's own bf16 makes 2 to 4."""
 CHECKED = 4096
 """Up to this length results are checked: the fp64 softmax is S x S."""
-OURS = ("span", "reference")
-"""The command fails where one of these does."""
-
-
+NOT_HERE = "not here"
+"""How the note of a peer begins that this machine lacks something for."""
+OUT_OF_MEMORY = "out of memory"
 DEVICE_LOST = torch.AcceleratorError.__name__
 """How the note of a fault on the device begins, after which nothing runs in its process."""
 
@@ -48,22 +48,22 @@ def main() -> None:
     failed = []
     for case, peer in cases(args):
         row = here | key(case, peer)
-        if row in rows:
+        said = rows.read(row)[-1]["note"] if row in rows else None
+        if said is not None and (not said or said.startswith((OUT_OF_MEMORY, DEVICE_LOST))):
             continue
         if time.monotonic() > deadline:
             print("The time is up; start the same command again to go on.")
             break
         figures = measure(case, peer, rate, args.milliseconds)
-        if figures is not None:
-            rows.append(row | figures)
-            print(
-                " ".join(f"{row[name]:>12}" for name in KEY), *(f"{value:>8}" for value in figures.values()), flush=True
-            )
-            if figures["note"] and peer in OURS:
-                failed.append(f"{peer} on {case.distribution} of {case.length}: {figures['note']}")
-            if figures["note"].startswith(DEVICE_LOST):
-                failed.append(f"{peer} took the device with it; start the same command again to go on behind it.")
-                break
+        if figures is None or figures["note"] == said:
+            continue
+        rows.append(row | figures)
+        print(" ".join(f"{row[name]:>12}" for name in KEY), *(f"{value:>8}" for value in figures.values()), flush=True)
+        if figures["note"] and peer in OURS and not figures["note"].startswith(NOT_HERE):
+            failed.append(f"{peer} on {case.distribution} of {case.length}: {figures['note']}")
+        if figures["note"].startswith(DEVICE_LOST):
+            failed.append(f"{peer} took the device with it; start the same command again to go on behind it.")
+            break
     draw(rows.read(), args.out / "attention.png")
     if failed:
         sys.exit("\n".join(failed))
@@ -122,9 +122,11 @@ def measure(case: Case, peer: str, rate: float | None, milliseconds: int) -> dic
         if case.length <= CHECKED and (error := wrong(call, case)) > TOLERANCE:
             return nothing | {"note": f"wrong by {error:.0f} units"}
         forward, backward = forward_backward(call, inputs, case.qkv[3], milliseconds)
-        build = median(block_mask(case), case.device, milliseconds) if peer == "flex" else 0.0
+        build = median(MASK_BUILDERS[peer](case), case.device, milliseconds) if peer in MASK_BUILDERS else 0.0
+    except Unavailable as missing:
+        return nothing | {"note": f"{NOT_HERE}: {missing}"}
     except torch.OutOfMemoryError:
-        return nothing | {"note": "out of memory"}
+        return nothing | {"note": OUT_OF_MEMORY}
     except Exception as error:  # compilers and other libraries raise anything: the other rows still count
         return nothing | {"note": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
     done = case.forward_flops / 1e9

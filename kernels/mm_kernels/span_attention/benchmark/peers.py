@@ -1,12 +1,14 @@
 """Who is measured: every implementation as one call of the same tensors, and where it can express the mask.
 
-A peer gets a `Case` and returns its call, () -> (out, the tensors to differentiate for), or None where it cannot run:
-its package is not installed, or it cannot express the mask. All share q, k, v [B, S, H, D]; peers that want another
-layout get theirs made before the clock starts.
+A peer gets a `Case` and returns its call, () -> out, and the tensors to differentiate for; or None where it cannot
+express the mask; or raises `Unavailable` where its package or the GPU is missing. All share q, k, v [B, S, H, D]; peers
+that want another layout get theirs made before the clock starts, and so does what they need to know of the mask, whose
+making `MASK_BUILDERS` times by itself.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from mm_kernels.span_attention.reference import span_attention_reference
 
 if importlib.util.find_spec("triton") is not None:  # a CPU installation may lack it
     from mm_kernels.span_attention.op import span_attention
+
+HOPPER_BLACKWELL = (9, 10)
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,27 @@ Call = Callable[[], torch.Tensor]
 Peer = Callable[[Case], tuple[Call, tuple[torch.Tensor, ...]] | None]
 
 
+class Unavailable(Exception):
+    """Says what a peer needs that is not here."""
+
+
+def need(case: Case, package: str = "", capabilities: tuple[int, ...] = ()) -> None:
+    """Raises `Unavailable` unless the case is on a GPU of one of the major `capabilities` and `package` is there."""
+    if case.device.type != "cuda":
+        raise Unavailable("needs CUDA")
+    if capabilities and torch.cuda.get_device_capability(case.device)[0] not in capabilities:
+        raise Unavailable(f"needs compute capability {' or '.join(map(str, capabilities))}")
+    try:
+        found = not package or importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise Unavailable(f"{package} is not installed")
+
+
 def span(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
     """Ours."""
-    if case.device.type != "cuda":
-        return None
+    need(case, "triton")
     q, k, v, _ = case.qkv
     return lambda: span_attention(q, k, v, case.mask)[0], (q, k, v)
 
@@ -92,35 +113,79 @@ def span(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
 def reference(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
     """Ours in plain torch: what a CPU runs."""
     if case.device.type == "cuda":
-        return None
+        return None  # the span kernel stands for it
     q, k, v, _ = case.qkv
     return lambda: span_attention_reference(q, k, v, case.mask), (q, k, v)
 
 
-def flex(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
-    """torch's FlexAttention, compiled, with the same predicate; its block mask is made before the clock starts."""
-    if case.device.type != "cuda":
-        return None
-    q, k, v = case.heads_first()
-    blocks = block_mask(case)()
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=case.heads != case.kv_heads), (q, k, v)
+def flex(backend: str) -> Peer:
+    """torch's FlexAttention, compiled, with the same predicate, by Triton or ("FLASH") by FlashAttention-4."""
+
+    def make(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
+        need(case, *(("flash_attn.cute", HOPPER_BLACKWELL) if backend == "FLASH" else ("triton",)))
+        q, k, v = case.heads_first()
+        blocks = block_mask(case)() if backend == "TRITON" else flash_block_mask(case)()
+        options = {"block_mask": blocks, "enable_gqa": case.heads != case.kv_heads}
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda: compiled(q, k, v, **options, kernel_options={"BACKEND": backend}), (q, k, v)
+
+    return make
 
 
-def block_mask(case: Case) -> Callable[[], BlockMask]:
+def block_mask(case: Case, block_q: int = 128) -> Callable[[], BlockMask]:
     """What FlexAttention needs anew for every batch of packed documents."""
     lo, hi = case.mask.unbind(1)
     predicate = lambda b, h, i, j: (lo[b, i] <= j) & (j < hi[b, i])  # noqa: E731
     build = torch.compile(create_block_mask, dynamic=False) if case.device.type == "cuda" else create_block_mask
-    return lambda: build(predicate, case.batch, None, case.length, case.length, device=case.device.type)
+    shape = (case.batch, None, case.length, case.length)
+    return lambda: build(predicate, *shape, device=case.device.type, BLOCK_SIZE=(block_q, 128))
+
+
+def flash_block_mask(case: Case) -> Callable[[], BlockMask]:
+    """The same for FlashAttention-4, whose programs take 256 queries on Blackwell."""
+    return block_mask(case, 256 if torch.cuda.get_device_capability(case.device)[0] >= 10 else 128)
+
+
+def flash4(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
+    """FlashAttention-4 over lists of the mask's blocks, with our predicate in the others."""
+    need(case, "flash_attn.cute", HOPPER_BLACKWELL)
+    attend = importlib.import_module("mm_kernels.span_attention.flash4").attend
+    q, k, v, _ = case.qkv
+    known = flash4_plan(case)()
+    return lambda: attend(q, k, v, case.mask, known), (q, k, v)
+
+
+def flash4_plan(case: Case) -> Callable[[], object]:
+    """The lists of blocks."""
+    plan = importlib.import_module("mm_kernels.span_attention.flash4").plan
+    return lambda: plan(case.mask, torch.cuda.get_device_capability(case.device)[0])
+
+
+def cudnn_flex(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
+    """cudnn-frontend's attention under masks of intervals."""
+    need(case, "cudnn.flex_attention", HOPPER_BLACKWELL)
+    attend = importlib.import_module("cudnn.flex_attention").flex_attn_func
+    q, k, v, _ = case.qkv
+    known = cudnn_plan(case)()
+    return lambda: attend(q, k, v, mask_plan=known), (q, k, v)
+
+
+def cudnn_plan(case: Case) -> Callable[[], object]:
+    """Its plan of a mask: of each query the ends of visible intervals, [0, first) and [lo, hi), of which the first is
+    empty."""
+    create = importlib.import_module("cudnn.flex_attention").create_mask_plan
+    lo, hi = case.mask.unbind(1)
+    ends = torch.stack([torch.zeros_like(lo), lo, hi]).flatten(1)[None]  # [1, 3, B * S]
+    return lambda: create(ends, *case.qkv[:3])
 
 
 def sdpa(backend: SDPBackend) -> Peer:
     """torch's attention by one of its backends: a whole row, causal or not."""
 
     def make(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
-        if case.distribution not in ("full", "causal") or case.device.type != "cuda":
+        if case.distribution not in ("full", "causal"):
             return None
+        need(case)
         q, k, v = case.heads_first()
         grouped = case.heads != case.kv_heads
 
@@ -149,8 +214,9 @@ def varlen(module: str, function: str) -> Peer:
     """flash-attn's packed documents, causal or bidirectional as a whole; of whichever package `module` names."""
 
     def make(case: Case) -> tuple[Call, tuple[torch.Tensor, ...]] | None:
-        if case.causal is None or case.device.type != "cuda" or not _installed(module):
+        if case.causal is None:
             return None
+        need(case, module)
         attend = getattr(importlib.import_module(module), function)
         q, k, v = (t.detach().flatten(0, 1).requires_grad_() for t in case.qkv[:3])
         cu, longest = case.cu_seqlens
@@ -165,21 +231,27 @@ def varlen(module: str, function: str) -> Peer:
     return make
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 PEERS: dict[str, Peer] = {
     "span": span,
     "reference": reference,
-    "flex": flex,
+    "flex": flex("TRITON"),
+    "flex-flash": flex("FLASH"),
     "sdpa-cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "sdpa-flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "sdpa-dense": dense,
     "flash-attn-2": varlen("flash_attn", "flash_attn_varlen_func"),
     "flash-attn-3": varlen("flash_attn_interface", "flash_attn_varlen_func"),
     "flash-attn-4": varlen("flash_attn.cute.interface", "flash_attn_varlen_func"),
+    "flash-attn-4-blocks": flash4,
+    "cudnn-flex": cudnn_flex,
 }
+
+OURS = ("span", "reference")
+
+MASK_BUILDERS: dict[str, Callable[[Case], Callable[[], object]]] = {
+    "flex": block_mask,
+    "flex-flash": flash_block_mask,
+    "flash-attn-4-blocks": flash4_plan,
+    "cudnn-flex": cudnn_plan,
+}
+"""What a peer makes of a mask before it can run: () -> what it makes."""
