@@ -12,13 +12,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 
 
 def gpu_sh(*arguments) -> subprocess.CompletedProcess:
-    env = os.environ | {
-        "PYTHON": sys.executable,
-        "MM_COMMIT": "abc",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(["bash", SCRIPT, *map(str, arguments)], env=env, capture_output=True, text=True, check=False)
+    own = {"PYTHON": sys.executable, "MM_COMMIT": "abc", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = ["bash", SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
 
 
 def test_mistakes_and_a_list(tmp_path):
