@@ -30,6 +30,16 @@ def test_fused_adam_is_torch_adamw():
     assert optimizers[0].param_groups[0]["step"] == 5
 
 
+def test_fused_adam_copies_nothing_from_the_host(monkeypatch):
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    optimizer = FusedAdam(weights)
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    monkeypatch.setattr(torch, "tensor", None)
+    optimizer.step()
+    assert all((weight != 1).all() for weight in weights)
+
+
 CONFIG = [
     "run.name=test", "data.path=none", "model=chameleon_tiny", "optim.lr=1.0", "optim.weight_decay=0.5",
     "optim.lr_decay_style=constant", "train.train_iters=10",
