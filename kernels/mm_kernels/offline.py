@@ -31,6 +31,11 @@ class Compiled:
     kernel: triton.compiler.CompiledKernel
 
     @property
+    def capability(self) -> int:
+        """The compute capability that it was compiled for, times ten."""
+        return int(self.kernel.metadata.target.arch)
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of one program."""
         return int(self.kernel.metadata.shared)

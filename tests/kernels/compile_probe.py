@@ -28,7 +28,7 @@ def resources() -> list[dict]:
             made = compile_kernel(kernel, call, candidates(kernel, head_dim, 2)[0], capability)
             rows.append(
                 {
-                    "capability": capability,
+                    "capability": made.capability,
                     "kernel": f"{kernel}-{head_dim}-{dtype}-{'until' if until else 'plain'}-{2 // kv_heads}",
                     "registers": made.registers,
                     "spill_bytes": made.spill_bytes,
@@ -52,7 +52,7 @@ def small_kernels(capability: int) -> list[dict]:
             merge_fused.merge_(torch.zeros(call.q.shape), lse, call.q.to(dtype), lse)
             fused.row_statistics(hidden.to(dtype), labels, 0, 129280)
             fused.logit_gradient_(hidden.to(dtype), labels, row, row, row, 0, 129280)
-    return [{"capability": capability, "kernel": made.name, "spill_bytes": made.spill_bytes} for made in compiled]
+    return [{"capability": made.capability, "kernel": made.name, "spill_bytes": made.spill_bytes} for made in compiled]
 
 
 def kernels_compiled_for(shapes) -> int:

@@ -59,10 +59,8 @@ def rows(capability: int) -> list[dict]:
     with compiling_graphs(capability, CPU) as of_layers:
         for overrides in MODELS:
             train_one_layer(overrides)
-    figures = ("name", "registers", "spill_bytes")
-    return [
-        {"capability": capability, **{name: getattr(made, name) for name in figures}} for made in of_norms + of_layers
-    ]
+    figures = ("capability", "name", "registers", "spill_bytes")
+    return [{name: getattr(made, name) for name in figures} for made in of_norms + of_layers]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -99,12 +100,12 @@ def test_default_tiles_compile_without_spills_to_speak_of(probe):
         assert row["fast_products"] >= 16 and row["tma_loads"] >= 8, f"not on the fast path: {row}"
         assert row["shared_bytes"] <= 163 * 1024, f"more than an A100 has: {row}"
         assert row["spill_bytes"] <= 96, f"more than a few scalars around the loops spill: {row}"
-    assert {row["capability"] for row in probe["resources"]} == {90, 100}
+    assert Counter(row["capability"] for row in probe["resources"]) == {90: 21, 100: 12}
 
 
 @pytest.mark.slow
 def test_small_kernels_compile_without_spills(probe):
-    assert len(probe["small"]) == 2 * 8
+    assert Counter(row["capability"] for row in probe["small"]) == {90: 8, 100: 8}
     assert not any(row["spill_bytes"] for row in probe["small"])
 
 
