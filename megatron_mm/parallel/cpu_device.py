@@ -15,7 +15,6 @@ import os
 import types
 import warnings
 
-import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
 import megatron.core.pipeline_parallel.schedules as schedules
 import megatron.core.tensor_parallel.random as tp_random
 import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -36,8 +35,6 @@ def enable(device: torch.device) -> None:
         setattr(torch.cuda, name, replacement)
     tp_random._get_cuda_rng_state = _get_rng_state
     tp_random._set_cuda_rng_state = _set_rng_state
-    # The persistent worker picks its device by modulo of the CUDA device count, which is zero here.
-    async_utils.PersistentAsyncCaller = async_utils.TemporalAsyncCaller
     # It makes numbers of tokens plain ones only where they come from a GPU.
     token_dispatcher.maybe_move_tensor_to_cpu = _as_plain
     # It counts tokens on "cuda" in the midst of what runs outside of the mode.

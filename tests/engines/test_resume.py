@@ -1,5 +1,6 @@
 """A run that is killed with SIGKILL and resumed, under the same or another layout, gives the uninterrupted curve."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ from tiny_runs import overrides_for, run_training
 from megatron_mm.engines.checkpoint import CheckpointError, latest_iteration, resolve
 from megatron_mm.parallel import init
 from megatron_mm.report.metrics import read_metrics
+from megatron_mm.run_lock import LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +125,24 @@ def test_kill_in_the_middle_of_a_save(run, whole, tmp_path):
     kill_training_when(run("chameleon"), 2, (checkpoints / "iter_0000006").exists)
     assert latest_iteration(checkpoints) in (3, 6)
     run_training(run("chameleon", "run.if_exists=resume"), 2)
+    assert_joins(tmp_path / "run", whole("chameleon"), 1e-5)
+
+
+def test_a_worker_that_outlived_its_launcher_keeps_a_second_run_out(run, whole, tmp_path):
+    """The launcher is killed and its worker is not: resuming names the worker, and works as soon as it is gone."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    launcher = multiprocessing.get_context("fork").Process(target=run_training, args=(run("chameleon"),))
+    launcher.start()
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert launcher.is_alive()
+        time.sleep(0.002)
+    worker = json.loads((tmp_path / "run" / LOCK).read_text())["process"]
+    os.kill(worker, signal.SIGSTOP)
+    launcher.kill()
+    with pytest.raises(AssertionError, match=rf"run\.dir=\S+ is in use by process {worker} on "):
+        run_training(run("chameleon", "run.if_exists=resume"))
+    os.kill(worker, signal.SIGKILL)
+    run_training(run("chameleon", "run.if_exists=resume"))
     assert_joins(tmp_path / "run", whole("chameleon"), 1e-5)
 
 
