@@ -111,21 +111,24 @@ class _Tiles:
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device)
 
-        def flat(positions: np.ndarray, length: int) -> torch.Tensor:
-            return tensor(positions % length * rows + positions // length)
+        def flat(positions: np.ndarray, length: int) -> np.ndarray:
+            return positions % length * rows + positions // length
 
+        places = [flat(group.queries, queries) for group in groups]
+        real = np.concatenate([group.real.ravel() for group in groups])
+        all_queries, answered = np.concatenate([index.ravel() for index in places]), np.flatnonzero(real)
+        answer = np.full(rows * queries, len(all_queries))
+        answer[all_queries[answered]] = answered
         self.allowed = [tensor(group.allowed) for group in groups]
         """Which queries see which keys, of every group: bool [N, Q, K]."""
         self.real = [tensor(group.real) for group in groups]
         """Which queries have an answer, of every group: bool [N, Q]."""
-        self._queries = [flat(group.queries, queries) for group in groups]
-        self._keys = [flat(group.keys, keys) for group in groups]
+        self._queries = [tensor(index) for index in places]
+        self._keys = [tensor(flat(group.keys, keys)) for group in groups]
         self._all_queries, self._all_keys = (
             torch.cat([index.flatten() for index in side]) for side in (self._queries, self._keys)
         )
-        answered = torch.cat([real.flatten() for real in self.real]).nonzero().flatten()
-        self._answer = answered.new_full((rows * queries,), len(self._all_queries))
-        self._answer[self._all_queries[answered]] = answered
+        self._answer = tensor(answer)
         self._shape = (queries, rows)
         self._biases: dict[torch.dtype, list[torch.Tensor]] = {}
 
