@@ -9,7 +9,7 @@ from devices import ON_KERNEL_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mm_kernels.span_attention import launch
-from mm_kernels.span_attention.configs import TileConfig
+from mm_kernels.span_attention.configs import TileConfig, candidates
 from mm_kernels.span_attention.op import backward, span_attention
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
@@ -101,6 +101,21 @@ def test_every_tile_size_gives_the_same_result(blocks, monkeypatch):
     monkeypatch.setattr("mm_kernels.span_attention.op.choose", lambda *_: config)
     for name in ("interleaved", "noised copies", "window"):
         assert_as_exact_as_torch(Case(NAMED[name]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_every_choice_of_the_tuner_is_right(width, number, monkeypatch):
+    """The candidates of each kernel by their number, as long as there are more."""
+
+    def candidate(kernel, problem, run):
+        configs = candidates(kernel, problem.head_dim, problem.q.element_size())
+        return configs[number % len(configs)]
+
+    monkeypatch.setattr("mm_kernels.span_attention.op.choose", candidate)
+    for name in ("interleaved", "noised copies"):
+        assert_as_exact_as_torch(Case(NAMED[name], heads=(2, 1), width=width), torch.float16)
 
 
 def test_a_scale_of_its_own():
