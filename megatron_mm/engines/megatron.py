@@ -175,7 +175,9 @@ class MegatronEngine:
 
     def _step(self, batches: list[MicroBatch], stop: Callable[[], bool]) -> StepMetrics:
         counts = self._global_counts(batches)
-        for chunk in self.chunks:
+        for model, chunk in zip(self.models, self.chunks, strict=True):
+            if not model.training:
+                model.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
