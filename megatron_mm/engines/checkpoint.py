@@ -172,7 +172,7 @@ class Checkpointer:
         return common
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
-        if not is_loading and self.engine.config.parallel.overlap_param_gather:
+        if not is_loading and self.engine.chunks[0].ddp_config.overlap_param_gather:
             for chunk in self.engine.chunks:  # what the last step made of the weights still has to be gathered
                 chunk.start_param_sync(force_sync=True)
         model = _model_state(self.engine.models)
