@@ -75,8 +75,9 @@ def _free_name(folder: Path) -> Path:
 
 def _refuse_other_run(new: Config, old: Config, folder: Path) -> None:
     keys = _SAME_ON_RESUME if new.optim.lr_decay_iters else (*_SAME_ON_RESUME, "train.train_iters")
+    both = [OmegaConf.create(to_yaml(config)) for config in (old, new)]
     for key in keys:
-        before, now = (OmegaConf.select(OmegaConf.create(to_yaml(c)), key) for c in (old, new))
+        before, now = (OmegaConf.select(config, key) for config in both)
         if before != now:
             key, before, now = _first_difference(key, before, now)
             raise ConfigError(

@@ -28,12 +28,11 @@ from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_
 from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
-from megatron_mm.parallel.distributed import on_first_rank, pick_device, process_groups
+from megatron_mm.parallel.distributed import first_rank_first, on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.init import Fresh
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
-from megatron_mm.report.plots import plot_losses
 from megatron_mm.run_folder import continues, open_run_folder
 from megatron_mm.run_lock import RunLock
 
@@ -87,8 +86,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     logging.basicConfig(level=logging.INFO if layout.rank == 0 else logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
-    on_first_rank(lambda: bool(open_run(config)))  # writes the index, which the other ranks then find
-    family, plan, reader, ledger = open_run(config)
+    family, plan, reader, ledger = first_rank_first(lambda: open_run(config))  # the first one writes the index
     on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
     resumes = on_first_rank(lambda: continues(config) and _has_checkpoint(config))
     lock = RunLock(folder)
@@ -161,6 +159,8 @@ def _train(
         if writer:
             writer.close()
     if writer and steps:
+        from megatron_mm.report.plots import plot_losses  # slow to import
+
         plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return steps
 

@@ -50,8 +50,8 @@ def job(device: torch.device, **init_kwargs) -> Iterator[None]:
     cpu_device.enable(device)
     if "RANK" not in os.environ and not init_kwargs:
         init_kwargs = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # Otherwise each of gloo's groups opens a socket to every other rank as it is made: three groups of all
-    # data-parallel ranks beside NCCL, ten groups on a CPU.
+    # Otherwise each of gloo's groups opens a socket to every other rank as it is made: three groups of all replicas
+    # beside NCCL, ten groups on a CPU.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     backend = os.environ.get("MEGATRON_MM_BACKEND") or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(backend, timeout=timedelta(minutes=10), **init_kwargs)
@@ -113,6 +113,13 @@ def on_first_rank(task: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         raise error
     sys.exit(2)
+
+
+def first_rank_first(task: Callable[[], T]) -> T:
+    """Runs `task` on rank 0, and then on every other rank, which finds what it wrote. Raises as `on_first_rank`."""
+    results: list[T] = []
+    on_first_rank(lambda: results.append(task()))
+    return results[0] if results else task()
 
 
 @contextlib.contextmanager

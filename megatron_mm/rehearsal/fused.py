@@ -100,6 +100,12 @@ def counted_chains(recorder: Recorder) -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("megatron.core.fusions."):
                 for key, value in list(vars(module).items()):
-                    if original := getattr(value, "_torchdynamo_orig_callable", None):
+                    if original := _compiled_from(value):
                         stack.enter_context(patch.object(module, key, chains.whole(original)))
         yield
+
+
+def _compiled_from(value: object) -> Callable | None:
+    """What torch.compile was given, now or when it is called first (`parallel.compile_later`)."""
+    later = getattr(value, "__module__", "").startswith("megatron.core.fusions.") and hasattr(value, "__wrapped__")
+    return value.__wrapped__ if later else getattr(value, "_torchdynamo_orig_callable", None)
