@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -32,6 +33,7 @@ class RunLock:
     def __init__(self, folder: Path, patience: float = _PATIENCE):
         self._folder, self._patience = folder, patience
         self._file: TextIO | None = None
+        self._made_folder = False
 
     def acquire(self) -> None:
         """Takes the lock of what is now the folder, making it where there is none; letting go of one moved aside.
@@ -40,6 +42,7 @@ class RunLock:
             ConfigError: another process holds it, or the folder cannot be written.
         """
         path, deadline = self._folder / LOCK, time.monotonic() + self._patience
+        self._made_folder = self._made_folder or not self._folder.exists()
         while True:
             if self._file is not None and _is_at(self._file, path):
                 return
@@ -76,7 +79,7 @@ class RunLock:
         file.flush()
 
     def release(self) -> None:
-        """Lets go; does nothing without the lock."""
+        """Lets go, and leaves no empty folder that it made itself; does nothing without the lock."""
         if self._file is None:
             return
         path = self._folder / LOCK
@@ -84,6 +87,9 @@ class RunLock:
             path.unlink()
         self._file.close()
         self._file = None
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # the run has written there
+                self._folder.rmdir()
 
 
 def _open(path: Path) -> TextIO:

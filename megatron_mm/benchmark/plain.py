@@ -68,6 +68,8 @@ class Row:
     cpu: str
     cores: int
     device: str
+    driver: str
+    cuda: str
     torch: str
     triton: str
     megatron_core: str

@@ -34,7 +34,7 @@ from megatron_mm.rehearsal.scopes import scopes
 class Rehearsal:
     """One rank's step. micro_batches: how many were rehearsed, of so many in the step.
 
-    start: bytes on the device before the step: weights, gradients, the optimizer's states.
+    start: bytes on the device before the step.
     tokens, pairs: non-padding positions and allowed query-key pairs of the rehearsed micro-batches, of whole rows.
     """
 

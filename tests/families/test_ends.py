@@ -14,6 +14,7 @@ from megatron_mm.config.compose import compose
 from megatron_mm.families.registry import FAMILIES, build_family
 from megatron_mm.parallel.context.shard import whole
 from megatron_mm.parallel.staging import Staged
+from megatron_mm.rehearsal.meta import in_place_of_cuda
 from megatron_mm.types import BACK, FRONT
 
 MODELS = {family: (f"model={family}_tiny",) for family in FAMILIES}
@@ -83,7 +84,8 @@ class DeviceAlone(TorchDispatchMode):
 def test_ends_never_wait_for_the_host(model):
     """On torch's meta device, where whatever needs a value on the host raises."""
     family, front, back, batch = model
-    given_front, given_back = Staged.of(ends_of(family, batch, torch.float32), META).to(META)
+    with in_place_of_cuda():
+        given_front, given_back = Staged.of(ends_of(family, batch, torch.float32), META).to(META)
     front, back = front.to(META), back.to(META)
     with DeviceAlone():
         sum(back(front(given_front), given_back).values()).backward()

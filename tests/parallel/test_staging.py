@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mm.parallel.staging import Staged
+from megatron_mm.rehearsal.meta import in_place_of_cuda
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -44,7 +45,8 @@ def test_values_shapes_and_what_is_no_tensor_stay():
 
 
 def test_one_copy():
-    staged = Staged.of(tree(), META)
+    with in_place_of_cuda():
+        staged = Staged.of(tree(), META)
     with Operations() as operations:
         there = staged.to(META)
     views = {"slice", "view", "detach"}
