@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from mm_kernels.span_attention import merge
 from mm_kernels.span_attention import op as span
+from mm_kernels.span_attention.forward import forward_kernel
 from mm_kernels.vocab_loss import linear
 from mm_kernels.vocab_loss import op as vocab_loss
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_mm.rehearsal.costs import Cost, nbytes
+from megatron_mm.rehearsal.errors import RehearsalError
 from megatron_mm.rehearsal.recorder import Recorder
 
 OPERATORS = (span.forward, span.backward, vocab_loss.row_statistics, vocab_loss.logit_gradient_)
@@ -88,7 +90,13 @@ def _tensor(value: Any) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def counted_kernels(recorder: Recorder) -> Iterator[None]:
-    """Our operators run as on CUDA in here, up to the launches of their kernels."""
+    """Our operators run as on CUDA in here, up to the launches of their kernels.
+
+    Raises:
+        RehearsalError: Triton interprets kernels in this process.
+    """
+    if not isinstance(forward_kernel, JITFunction):
+        raise RehearsalError("TRITON_INTERPRET=1 is set, so there are no compiled kernels to count: unset it.")
     launches = Launches(recorder)
     recorder.replace({operator._qualname: _body(operator, "cuda") for operator in OPERATORS})
     with patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: launches(kernel, *args, **kwargs)):

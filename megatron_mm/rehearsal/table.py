@@ -35,7 +35,7 @@ FAMILIES = {
     "showo": ["model=showo_1.3b"],
     "showo_flow": ["model=showo_flow_7b"],
     "mmada": ["model=mmada_8b"],
-    "unimoe": ["model=unimoe"],
+    "unimoe": ["model=unimoe", "model.trunk.moe_grouped_gemm=true"],
 }
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 LAYOUTS = {

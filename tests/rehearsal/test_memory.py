@@ -19,8 +19,7 @@ COMMON = [
     "fusion.elementwise=eager", "data.seq_length=512", "train.global_batch_size=4", "model.trunk.num_layers=4",
     "model.trunk.hidden_size=256", "model.trunk.num_attention_heads=8",
 ]  # fmt: skip
-TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
-VPP, CP = "parallel.virtual_pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"
+TP, CP = "parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=2"
 # Under sequence parallelism and overlap gloo's own threads hold copies of what they reduce, for as long as they like.
 PAIRS = {
     "transfusion": (1, ["model=transfusion_tiny"]),
@@ -28,9 +27,9 @@ PAIRS = {
     "chameleon_tp2": (2, ["model=chameleon_tiny", TP]),
     "chameleon_cp2": (2, ["model=chameleon_tiny", CP]),
     "janus_dp2": (2, ["model=janus_tiny"]),
-    "showo_pp2": (2, ["model=showo_tiny", PP]),
     "showo_selective": (1, ["model=showo_tiny", "parallel.recompute_granularity=selective"]),
-    "mmada_pp2_interleaved": (2, ["model=mmada_tiny", PP, VPP]),
+    "mmada_cp2": (2, ["model=mmada_tiny", CP]),
+    "janus_tp2": (2, ["model=janus_tiny", TP]),
     "showo_flow_dp2": (2, ["model=showo_flow_tiny"]),
     "showo_flow_cp2": (2, ["model=showo_flow_tiny", CP]),
 }
