@@ -78,6 +78,7 @@ def rehearse(
             batches = rank_steps(config, family, text_vocab_size, layout.dp_size, most)
             with recorder, scopes(recorder, engine):
                 prepared = [engine.prepare(batch) for batch in batches]
+                engine.context.compare([batch.part for batch in prepared])  # as before a run's first step
                 if path == "cpu":
                     engine.step(prepared)  # the reference attention keeps its plan of a mask
                 recorder.restart()
