@@ -33,12 +33,13 @@ class CheckpointWriter(AsyncCaller):
 
     def __init__(self) -> None:
         self._process: multiprocessing.Process | None = None
-        self._memory = os.memfd_create("checkpoint")
+        self._memory: int | None = None
         self._requests: Connection | None = None
         self._busy = False
 
     def start(self) -> None:
         """Starts the process; its imports take seconds, during which the rank can go on."""
+        self._memory = os.memfd_create("checkpoint")
         context = multiprocessing.get_context("spawn")
         self._requests, theirs = context.Pipe()
         with without_signals():
@@ -72,11 +73,11 @@ class CheckpointWriter(AsyncCaller):
             self._process.kill()
         self._requests.close()
         self._process.join()
-        self._process = None
+        os.close(self._memory)
+        self._process = self._memory = None
 
     def __del__(self) -> None:
         self.close(abort=True)
-        os.close(self._memory)
 
     def _is_done(self) -> bool:
         if not self._requests.poll():

@@ -150,6 +150,8 @@ class Recorder(TorchDispatchMode):
             for tensor in outs:
                 self.ledger.add(tensor, self._owner)
         elif there or outs:
+            for tensor in outs:  # what was written over is no copy of the host's numbers any more
+                self._host.pop(tensor.untyped_storage()._cdata, None)
             self.launch(of_operation(func, args, kwargs, out, there, outs), outs)
         return out
 

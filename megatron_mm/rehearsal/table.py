@@ -1,4 +1,4 @@
-"""`python -m megatron_mm.rehearsal.table [FILE]`: counts of a layer of every family, as CSV, for a diff to show.
+"""`python -m megatron_mm.rehearsal.table [out=FILE] [families=NAME,...]`: counts of a layer of every family, as CSV.
 
 A test holds the checked-in table against the code, so a kernel, a byte or a tensor kept more or less shows in a change.
 The models are of the papers' sizes but for their number of layers.
@@ -9,19 +9,20 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-from megatron_mm.config.compose import compose
+from megatron_mm.config.arguments import parse_arguments
+from megatron_mm.config.cli import user_errors
+from megatron_mm.config.compose import ConfigError, compose
 from megatron_mm.rehearsal.clock import Rates
 from megatron_mm.rehearsal.record import AGAIN, BACKWARD, FORWARD
 from megatron_mm.rehearsal.run import Rehearsal
 from megatron_mm.rehearsal.stages import rehearse_ranks
 
-TABLE = Path(__file__).parents[2] / "docs" / "rehearsal" / "layers.csv"
 TORCH = "2.13"
 """The version of torch whose operations the table counts."""
 COMMON = [
@@ -46,6 +47,12 @@ LAYOUTS = {
     "recompute_full": ["parallel.recompute_granularity=full"],
 }
 PARTS = ("front", "layer 1", "back")
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    out: str = "docs/rehearsal/layers.csv"
+    families: str = ",".join(FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -96,15 +103,20 @@ def to_csv(table: list[Row]) -> str:
     return text.getvalue()
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
+    config = parse_arguments(TableConfig(), arguments)
     if not torch.__version__.startswith(TORCH):
-        sys.exit(f"error: the table is torch {TORCH}'s, this is {torch.__version__}: its operations are others.")
-    path = Path(arguments[0]) if arguments else TABLE
-    table = [row for family in FAMILIES for layout in LAYOUTS for row in rows(family, layout)]
+        raise ConfigError(f"The table is torch {TORCH}'s, this is {torch.__version__}: its operations are others.")
+    families = config.families.split(",")
+    if unknown := next((name for name in families if name not in FAMILIES), None):
+        raise ConfigError(f"families={unknown} is unknown; families: {', '.join(FAMILIES)}.")
+    table = [row for family in families for layout in LAYOUTS for row in rows(family, layout)]
+    path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_csv(table))
     print(f"{path}: {len(table)} rows")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with user_errors():
+        main(sys.argv[1:])
