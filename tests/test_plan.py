@@ -145,6 +145,12 @@ def test_the_command():
         (["world_size=100"], "context_parallel_size=32 needs a multiple of 256 processes, but the world size is 100"),
         (["product_tflops=fast"], "product_tflops=fast"),
         (["model.trunk.hidden=64"], "model.trunk.hidden is not a known key"),
+        (["rehearse=true", "rank=256"], "rank=256 is not one of the 256 ranks: give 0 to 255"),
+        (["rank=3"], "rank=3 is the rank to rehearse: give rehearse=true"),
+        (["rehearse=true", "search=true"], "give one of them"),
+        (["search=true", "trials=0"], "trials=0 must be 1 or more"),
+        (["search=true", "gpu_gigabytes=1"], "No layout over world_size=256 comes near 1 GB a GPU: give more GPUs"),
+        (["out=layouts.csv"], "out=layouts.csv is the table of a search"),
     ],
 )
 def test_mistakes(arguments, message):

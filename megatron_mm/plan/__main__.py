@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from mm_kernels.span_attention.benchmark.distributions import DISTRIBUTIONS
 from mm_kernels.span_attention.benchmark.distributions import mask as named_mask
@@ -50,7 +51,9 @@ class PlanConfig(Rates):
     """The rank to rehearse; null: the first of some pipeline stages."""
     search: bool = False
     trials: int = 8
-    """Layouts that `search` rehearses."""
+    """Layouts that `search` looks for, of those that fit."""
+    out: str | None = None
+    """CSV file that `search` adds its rows to; null writes none."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -60,10 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     names = plan.masks.split(",")
     if unknown := next((name for name in names if name not in DISTRIBUTIONS), None):
         raise ConfigError(f"masks={unknown} is unknown; masks: {', '.join(DISTRIBUTIONS)}.")
-    if plan.rank is not None and not 0 <= plan.rank < plan.world_size:
-        raise ConfigError(
-            f"rank={plan.rank} is not one of the {plan.world_size} ranks: give 0 to {plan.world_size - 1}."
-        )
+    _check_rehearsal(plan)
     family = build_family(config.model, plan.text_vocab_size)
     if plan.rehearse or plan.search:
         rehearsed(plan, config, family)
@@ -89,6 +89,19 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
+def _check_rehearsal(plan: PlanConfig) -> None:
+    if plan.rank is not None and not 0 <= plan.rank < plan.world_size:
+        raise ConfigError(
+            f"rank={plan.rank} is not one of the {plan.world_size} ranks: give 0 to {plan.world_size - 1}."
+        )
+    if plan.rank is not None and not plan.rehearse:
+        raise ConfigError(f"rank={plan.rank} is the rank to rehearse: give rehearse=true with it.")
+    if plan.rehearse and plan.search:
+        raise ConfigError("rehearse=true shows one layout, search=true compares many: give one of them.")
+    if plan.out is not None and not plan.search:
+        raise ConfigError(f"out={plan.out} is the table of a search: give search=true with it.")
+
+
 def rehearsed(plan: PlanConfig, config: Config, family: Family) -> None:
     """Prints what rehearsals say.
 
@@ -105,6 +118,8 @@ def rehearsed(plan: PlanConfig, config: Config, family: Family) -> None:
             config, family, plan.world_size, plan, plan.gpu_gigabytes, plan.trials, plan.text_vocab_size
         )
         console.print(report.search_table(found, plan.gpu_gigabytes))
+        if plan.out:
+            search.append(Path(plan.out), config.run.name, plan.world_size, found)
         return
     ranks = stages.stage_ranks(config, plan.world_size)
     if plan.rank is not None:

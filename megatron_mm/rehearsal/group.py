@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -42,7 +44,7 @@ class IssuedWork(dist.Work):
 
 
 class RehearsedGroup(dist.ProcessGroup):
-    """One rank's place in a group of ranks that are not there."""
+    """One rank's place in a group of ranks that are not there. What it would receive is its own; of a peer, zeros."""
 
     def __init__(self, name: str, rank: int, size: int, ranks: Sequence[int], listener: Listener):
         super().__init__(rank, size)
@@ -85,11 +87,12 @@ class RehearsedGroup(dist.ProcessGroup):
     def allgather(self, outputs, inputs, opts=None):
         for places, mine in zip(outputs, inputs, strict=True):
             for place in places:
-                if place.device.type == "cpu":  # numbers of the host, which somebody reads
-                    place.copy_(mine)
+                _fill(place, mine)
         return self._issue("all_gather", [place for places in outputs for place in places], inputs)
 
     def all_gather_single(self, output, mine, opts=None):
+        for place in output.chunk(self._size):
+            _fill(place, mine)
         return self._issue("all_gather", [output], [mine])
 
     def all_gather_single_coalesced(self, outputs, inputs, opts=None):
@@ -99,6 +102,7 @@ class RehearsedGroup(dist.ProcessGroup):
         return self._issue("reduce_scatter", [part for parts in inputs for part in parts], outputs)
 
     def reduce_scatter_single(self, output, whole, opts=None):
+        _fill(output, whole.chunk(self._size)[self._place])
         return self._issue("reduce_scatter", [whole], [output])
 
     def reduce_scatter_single_coalesced(self, outputs, inputs, opts=None):
@@ -114,6 +118,9 @@ class RehearsedGroup(dist.ProcessGroup):
         return self._issue("send", tensors, peer=peer)
 
     def recv(self, tensors, peer, tag=0):
+        for tensor in tensors:
+            if tensor.device.type == "cpu":
+                tensor.detach().zero_()
         return self._issue("receive", tensors, peer=peer)
 
     def barrier(self, opts=None):
@@ -127,8 +134,30 @@ class RehearsedGroup(dist.ProcessGroup):
     alltoall_base = all_to_all_single
 
 
-def create(listener: Listener) -> Callable[[object, object], RehearsedGroup]:
-    """What torch.distributed makes groups of the backend with."""
-    return lambda options, _: RehearsedGroup(
-        options.group_id, options.group_rank, options.group_size, options.global_ranks_in_group, listener
-    )
+def _fill(place: torch.Tensor, mine: torch.Tensor) -> None:
+    """On the host somebody reads the numbers."""
+    if place.device.type == "cpu":
+        place.detach().view(-1).copy_(mine.detach().reshape(-1))
+
+
+@contextlib.contextmanager
+def groups_of_one_rank(listener: Listener) -> Iterator[None]:
+    """Every process group that is made in here tells the listener what it is asked for, those for the host too."""
+    new_group, init = dist.new_group, dist.init_process_group
+
+    def create(options, _):
+        ranks = options.global_ranks_in_group
+        return RehearsedGroup(options.group_id, options.group_rank, options.group_size, ranks, listener)
+
+    def make(*args, backend=None, pg_options=None, **kwargs):
+        group = new_group(*args, backend=BACKEND, **kwargs)
+        if group is not dist.GroupMember.NON_GROUP_MEMBER and (name := kwargs.get("group_desc")):
+            group.label = name.lower().replace("_group", "")
+        return group
+
+    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+    with (
+        patch.object(dist, "new_group", make),
+        patch.object(dist, "init_process_group", lambda backend, **kwargs: init(BACKEND, **kwargs)),
+    ):
+        yield

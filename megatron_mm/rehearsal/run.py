@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest.mock import patch
 
-import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm.benchmark.synthetic import rank_steps
@@ -21,7 +17,7 @@ from megatron_mm.parallel.optimizer import clip_and_step, squared_grad_norm
 from megatron_mm.rehearsal.by_device import cpu_functions, cuda_functions
 from megatron_mm.rehearsal.clock import Clock, Rates
 from megatron_mm.rehearsal.fused import counted_chains
-from megatron_mm.rehearsal.group import BACKEND, create
+from megatron_mm.rehearsal.group import groups_of_one_rank
 from megatron_mm.rehearsal.kernels import counted_kernels, cpu_operators
 from megatron_mm.rehearsal.memory import Peak
 from megatron_mm.rehearsal.meta import META, in_place_of_cuda
@@ -71,7 +67,7 @@ def rehearse(
         pins.replaced |= cuda_functions(recorder) if path == "cuda" else cpu_functions()
         kernels = counted_kernels(recorder) if path == "cuda" else cpu_operators(recorder)
         groups = process_groups(config.parallel, 0, META, store=FakeStore(), rank=rank, world_size=world_size)
-        with _groups_of_one_rank(recorder), kernels, counted_chains(recorder), groups as layout:
+        with groups_of_one_rank(recorder.collective), kernels, counted_chains(recorder), groups as layout:
             family = build_family(config.model, text_vocab_size)
             with recorder:
                 engine = _engine(config, family, layout, recorder)
@@ -112,22 +108,3 @@ def _engine(config: Config, family: Family, layout: Layout, recorder: Recorder) 
         for parameter in chunk.parameters():
             recorder.ledger.give(parameter, "weights")
     return engine
-
-
-@contextlib.contextmanager
-def _groups_of_one_rank(recorder: Recorder) -> Iterator[None]:
-    """Every process group that is made in here tells the recorder what it is asked for, those for the host too."""
-    new_group, init = dist.new_group, dist.init_process_group
-
-    def make(*args, backend=None, pg_options=None, **kwargs):
-        group = new_group(*args, backend=BACKEND, **kwargs)
-        if group is not dist.GroupMember.NON_GROUP_MEMBER and (name := kwargs.get("group_desc")):
-            group.label = name.lower().replace("_group", "")
-        return group
-
-    dist.Backend.register_backend(BACKEND, create(recorder.collective), extended_api=True, devices=["cpu", "cuda"])
-    with (
-        patch.object(dist, "new_group", make),
-        patch.object(dist, "init_process_group", lambda backend, **kwargs: init(BACKEND, **kwargs)),
-    ):
-        yield

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.validate import validate
@@ -17,6 +21,8 @@ from megatron_mm.rehearsal.step import StepTime, step_time
 
 TENSOR, PIPELINE, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (None, 2, 4), (1, 2, 4)
 RECOMPUTE = (None, "selective", "full")
+MOST = 3
+"""Rehearsals for each layout that is to fit."""
 NEAR = 1.3
 """By how much the formula's memory may be over what a GPU has: it leaves parts out, and counts others twice."""
 
@@ -50,7 +56,8 @@ def search(
     trials: int,
     text_vocab_size: int,
 ) -> list[Candidate]:
-    """The rehearsed layouts, those that fit first, the fastest of them first.
+    """The rehearsed layouts, those that fit first, the fastest of them first. It goes on until `trials` of them fit, or
+    MOST times as many were rehearsed.
 
     Raises:
         ConfigError: by the formula none comes near what a GPU has.
@@ -66,8 +73,27 @@ def search(
             "shorter data.seq_length."
         )
     near.sort(key=lambda layout: guess(layout, family, world_size, rates))
-    found = [_try(layout, family, world_size, rates, gpu_gigabytes, text_vocab_size) for layout in near[:trials]]
+    found: list[Candidate] = []
+    for layout in near[: MOST * trials]:
+        found.append(_try(layout, family, world_size, rates, gpu_gigabytes, text_vocab_size))
+        if sum(candidate.fits for candidate in found) == trials:
+            break
     return sorted(found, key=lambda candidate: (not candidate.fits, candidate.step.total))
+
+
+def append(path: Path, name: str, world_size: int, found: Sequence[Candidate]) -> None:
+    """Adds a row for each rehearsed layout of the run `name` to a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(("run", "gpus", "layout", "step_s", "tokens_per_second", "mfu", "peak_gb", "fits", "torch"))
+        for each in found:
+            step = each.step
+            figures = (step.total, step.tokens_per_second, step.mfu, each.peak_bytes / 1e9)
+            texts = (f"{value:.4g}" for value in figures)
+            writer.writerow((name, world_size, each.describe(), *texts, each.fits, torch.__version__))
 
 
 def layouts(config: Config, world_size: int) -> Iterator[Config]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
 
 from megatron_mm.config.compose import Config
 from megatron_mm.rehearsal.clock import Rates
@@ -22,10 +22,12 @@ def stage_ranks(config: Config, world_size: int, middle: bool = True) -> dict[st
 def rehearse_ranks(
     config: Config, world_size: int, ranks: dict[str, int], rates: Rates, text_vocab_size: int
 ) -> dict[str, Rehearsal]:
-    """Name -> rehearsal, one after the other: what a rank leaves behind does not reach the next."""
-    found = {}
-    for name, rank in ranks.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            task = pool.submit(rehearse, config, world_size, rank, rates, enough(config), text_vocab_size)
-            found[name] = task.result()
-    return found
+    """Name -> rehearsal. Each rank has a process of its own, so that what it leaves behind does not reach the next.
+
+    Raises:
+        RehearsalError: see `rehearse`.
+    """
+    tasks = [(config, world_size, rank, rates, enough(config), text_vocab_size) for rank in ranks.values()]
+    workers = min(len(tasks), os.cpu_count() or 1)
+    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
+        return dict(zip(ranks, pool.starmap(rehearse, tasks, chunksize=1), strict=True))

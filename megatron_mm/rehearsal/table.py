@@ -36,7 +36,7 @@ FAMILIES = {
     "showo": ["model=showo_1.3b"],
     "showo_flow": ["model=showo_flow_7b"],
     "mmada": ["model=mmada_8b"],
-    "unimoe": ["model=unimoe", "model.trunk.moe_grouped_gemm=true"],
+    "unimoe": ["model=unimoe_7b"],
 }
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 LAYOUTS = {
@@ -46,7 +46,8 @@ LAYOUTS = {
     "cp2": ["parallel.context_parallel_size=2"],
     "recompute_full": ["parallel.recompute_granularity=full"],
 }
-PARTS = ("front", "layer 1", "back")
+PARTS = ("front", "layer 1", "layer 2", "back")
+"""The first layer also makes what all share; of Uni-MoE's layers every other one has experts."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def test_a_slice_that_was_cut_goes_on(tmp_path):
     path = tmp_path / "attention" / "attention.csv"
     assert path.read_text().startswith(first), "what was measured is neither lost nor measured again"
     rows = list(csv.DictReader(path.open()))
-    assert [row["distribution"] for row in rows] == ["docs"] * 2 + ["t2i"] * 2
+    measured = [row["distribution"] for row in rows if not row["note"]]  # a peer that is not installed has a note
+    assert measured == ["docs"] * 2 + ["t2i"] * 2
     assert all(row["commit"] == "abc" and row["torch"] and row["device"].startswith("CPU") for row in rows)
 
 

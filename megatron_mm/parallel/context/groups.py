@@ -23,14 +23,16 @@ def make_groups(inner_sizes: Iterable[int]) -> dict[int, Groups]:
     group calls this with the same sizes."""
     ranks, mine = mpu.get_context_parallel_global_ranks(), mpu.get_context_parallel_rank()
     return {
-        size: Groups(_make(ranks[mine - mine % size :][:size]), _make(ranks[mine % size :: size]))
+        size: Groups(
+            _make(ranks[mine - mine % size :][:size], "CONTEXT_INNER"), _make(ranks[mine % size :: size], "CONTEXT_OUTER")
+        )
         for size in inner_sizes
     }
 
 
-def _make(ranks: list[int]) -> dist.ProcessGroup:
+def _make(ranks: list[int], name: str) -> dist.ProcessGroup:
     """A group of this rank's, which only its members make. One rank alone needs no connection."""
-    group = dist.new_group(ranks, use_local_synchronization=True)
+    group = dist.new_group(ranks, use_local_synchronization=True, group_desc=name)
     if len(ranks) > 1:
         connect(group)
     return group
