@@ -42,16 +42,13 @@ def _kind(name: str) -> str:
         return "optimizer"
     if name in _COPIES or name.startswith(("index", "scatter", "gather", "new_", "zero", "fill", "full", "one")):
         return "copy"
-    if any(
-        part in name
-        for part in ("sum", "norm", "softmax", "mean", "max", "min", "topk", "sort", "cumsum", "all", "any")
-    ):
+    if any(part in name for part in _REDUCTIONS):
         return "reduction"
     return "elementwise"
 
 
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-_REDUCTIONS = ("sum", "softmax", "mean", "max", "min", "topk", "sort", "all", "any")
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm"}
+_REDUCTIONS = ("sum", "norm", "softmax", "mean", "max", "min", "topk", "sort", "all", "any")
 _COPIES = {"copy_", "_to_copy", "clone", "cat", "stack", "embedding", "embedding_dense_backward", "constant_pad_nd",
            "select_backward", "slice_backward", "arange", "roll"}  # fmt: skip
 

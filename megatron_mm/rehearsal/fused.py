@@ -38,7 +38,8 @@ class FusedChains:
             key = tuple(map(_specialised, args))
             if key not in traced:
                 traced[key] = self._trace(function)
-            return traced[key](*args)
+            with self._recorder.quiet():  # tracing makes tensors of its own, as large as the storages of its inputs
+                return traced[key](*args)
 
         return run
 
@@ -78,8 +79,9 @@ class FusedChains:
     def _count(self, name: str, args: Sequence[Any], outs: Sequence[torch.Tensor]) -> None:
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         read = {tensor.untyped_storage()._cdata for tensor in tensors}
-        written = [tensor for tensor in outs if tensor.untyped_storage()._cdata not in read]
-        self._recorder.launch(Cost(name, "fused chain", 0, sum(map(nbytes, [*tensors, *written]))), written)
+        written = {tensor.untyped_storage()._cdata: tensor for tensor in outs}  # a result may be kept, too
+        made = [tensor for key, tensor in written.items() if key not in read]
+        self._recorder.launch(Cost(name, "fused chain", 0, sum(map(nbytes, [*tensors, *made]))), made)
 
 
 def _specialised(value: Any) -> Any:

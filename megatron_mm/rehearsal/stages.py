@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import os
+from concurrent.futures import ProcessPoolExecutor
 
 from megatron_mm.config.compose import Config
 from megatron_mm.rehearsal.clock import Rates
@@ -27,7 +28,11 @@ def rehearse_ranks(
     Raises:
         RehearsalError: see `rehearse`.
     """
-    tasks = [(config, world_size, rank, rates, enough(config), text_vocab_size) for rank in ranks.values()]
-    workers = min(len(tasks), os.cpu_count() or 1)
-    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
-        return dict(zip(ranks, pool.starmap(rehearse, tasks, chunksize=1), strict=True))
+    context = multiprocessing.get_context("fork")
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in ranks]
+        given = [
+            pool.submit(rehearse, config, world_size, rank, rates, enough(config), text_vocab_size)
+            for pool, rank in zip(pools, ranks.values(), strict=True)
+        ]
+        return {name: task.result() for name, task in zip(ranks, given, strict=True)}

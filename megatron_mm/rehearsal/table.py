@@ -48,6 +48,7 @@ LAYOUTS = {
 }
 PARTS = ("front", "layer 1", "layer 2", "back")
 """The first layer also makes what all share; of Uni-MoE's layers every other one has experts."""
+DIRECTIONS = (FORWARD, AGAIN, BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ def rows(family: str, layout: str) -> list[Row]:
     ranks = {"first": 0, "last": 1} if pipelined else {"first": 0}
     rehearsals = rehearse_ranks(config, 2, ranks, Rates(), 32000)
     found = [row for rehearsal in rehearsals.values() for row in _rows(family, layout, rehearsal)]
-    return list({(row.part, row.direction): row for row in reversed(found)}.values())[::-1]
+    unique = {(row.part, row.direction): row for row in reversed(found)}
+    return sorted(unique.values(), key=lambda row: (PARTS.index(row.part), DIRECTIONS.index(row.direction)))
 
 
 def _rows(family: str, layout: str, rehearsal: Rehearsal) -> Iterator[Row]:
     count = rehearsal.micro_batches
     for part in PARTS:
-        for direction in (FORWARD, AGAIN, BACKWARD):
+        for direction in DIRECTIONS:
             if (sums := rehearsal.record.parts.get((part, direction))) is not None:
                 yield Row(
                     family, layout, part, direction,

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from megatron_mm.mask import area, causal, concatenate, hide_after, with_spans
 from megatron_mm.rehearsal.errors import RehearsalError
+from megatron_mm.rehearsal.fused import counted_chains
 from megatron_mm.rehearsal.kernels import pairs
 from megatron_mm.rehearsal.meta import META
 
@@ -141,9 +142,32 @@ def test_flops_and_bytes_of_a_product(recorder):
     assert (product.launches, product.flops, product.bytes) == (1, 2 * 32 * 64 * 16, 4 * (32 * 64 + 64 * 16 + 32 * 16))
 
 
+def test_flops_of_products_of_groups(recorder):
+    """Of experts: outputs, and both gradients."""
+    x = torch.zeros(32, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = torch.zeros(4, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.zeros(4, device="cuda", dtype=torch.int32)
+    recorder.restart()
+    F.grouped_mm(x, w, offs=ends).square().sum().backward()
+    product = recorder.record.kinds["product"]
+    assert (product.launches, product.flops) == (3, 3 * 2 * 32 * 64 * 16)
+
+
 def test_pairs_are_the_masks_area():
     mask = concatenate([with_spans(40, [(5, 20)]), hide_after(with_spans(30, [(8, 16)]), [(8, 16)]), causal(7)], 100)
     lo, hi, until = mask
     assert pairs(lo, hi, until, 100) == area(mask)
     plain = concatenate([causal(40), causal(50)], 100)
     assert pairs(plain[0], plain[1], None, 100) == area(plain)
+
+
+def test_a_chain_keeps_what_its_backward_pass_reads(recorder):
+    """And nothing of what tracing it makes: its weight is a part of a large buffer, as the engine's are."""
+    x, weight = torch.zeros(256, 64, device="cuda"), torch.zeros(10**6, device="cuda")[:64].requires_grad_()
+    held = recorder.ledger.total
+    with counted_chains(recorder):
+        y = torch.compile(lambda x, w: (x * w.expand(256, 64)).exp())(x, weight)
+    chain = recorder.record.kinds["fused chain"]
+    assert (chain.launches, chain.bytes) == (1, 4 * (2 * 256 * 64 + 64))
+    assert recorder.ledger.total == held + y.nbytes
+    assert recorder.ledger.peak.total == held + y.nbytes
