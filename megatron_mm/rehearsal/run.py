@@ -31,7 +31,7 @@ class Rehearsal:
     """One rank's step. micro_batches: how many were rehearsed, of so many in the step.
 
     start: bytes on the device before the step.
-    tokens, pairs: non-padding positions and allowed query-key pairs of the rehearsed micro-batches, of whole rows.
+    pairs: allowed query-key pairs of the rehearsed micro-batches, of whole rows.
     """
 
     layout: Layout
@@ -40,7 +40,6 @@ class Rehearsal:
     record: Record
     peak: Peak
     start: int
-    tokens: int
     pairs: int
 
 
@@ -81,9 +80,9 @@ def rehearse(
                 start = recorder.ledger.total
                 engine.step(prepared)
                 recorder.enter(ENGINE)
-    tokens, pairs = (sum(getattr(batch, name) for batch in prepared) for name in ("tokens", "pairs"))
+    pairs = sum(batch.pairs for batch in prepared)
     of = config.train.global_batch_size // config.train.micro_batch_size // layout.dp_size
-    return Rehearsal(layout, len(batches), of, recorder.record, recorder.ledger.peak, start, tokens, pairs)
+    return Rehearsal(layout, len(batches), of, recorder.record, recorder.ledger.peak, start, pairs)
 
 
 def enough(config: Config) -> int:

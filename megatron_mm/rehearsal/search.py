@@ -128,8 +128,9 @@ def guess(config: Config, family: Family, world_size: int, rates: Rates) -> floa
     sent = 8 * tokens * trunk.hidden_size * train.dtype.itemsize * (tp - 1) / tp * trunk.num_layers / pp
     micro = compute * (1 + 0.1 * (train.micro_batch_size == 1)) + sent / (1e9 * rates.node_gigabytes)
     bubble = (pp - 1) / (parallel.virtual_pipeline_model_parallel_size or 1)
-    reduced = 6 * weights * min(dp - 1, 1) / (1e9 * rates.network_gigabytes)
-    return micro * (micro_batches + bubble) + reduced
+    ports = min(rates.network_gigabytes * max(rates.node_size / tp, 1.0), rates.node_gigabytes)
+    reduced = 6 * weights * min(dp - 1, 1) / (1e9 * ports)
+    return micro * (micro_batches + bubble) + max(reduced - micro, 0.0)  # behind the first and last micro-batch
 
 
 def _try(

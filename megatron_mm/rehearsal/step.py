@@ -27,9 +27,9 @@ class StepTime:
     once: float
     """Gradients, optimizer, and what is not hidden of their communication."""
     tokens_per_second: float
-    """Of one GPU."""
+    """Of one GPU: positions of rows, padding among them, so that layouts whose ranks draw other rows compare."""
     mfu: float
-    """Of allowed pairs and real tokens."""
+    """Of the same positions, and of allowed pairs."""
 
     @property
     def total(self) -> float:
@@ -49,8 +49,8 @@ def step_time(config: Config, family: Family, rehearsals: Sequence[Rehearsal], r
     once = max(_once_seconds(rehearsal) for rehearsal in rehearsals)
     seconds = kernels + host + waited + bubble + once
     world, replicas = slowest.layout.world_size, slowest.layout.dp_size
-    tokens, pairs = (value * of / count * replicas for value in (slowest.tokens, slowest.pairs))
-    flops = trunk_flops(family.trunk, family.vocab.size, int(tokens), int(pairs))
+    tokens = config.train.global_batch_size * config.data.seq_length
+    flops = trunk_flops(family.trunk, family.vocab.size, tokens, slowest.pairs * of * replicas // count)
     return StepTime(
         kernels,
         host,

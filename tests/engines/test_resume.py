@@ -18,6 +18,7 @@ from megatron_mm.report.metrics import read_metrics
 from megatron_mm.run_lock import LOCK
 
 pytestmark = pytest.mark.slow
+EXHAUSTIVE = pytest.mark.exhaustive
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
@@ -65,36 +66,46 @@ def assert_joins(folder: Path, expected: list[dict], tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("family", "first", "then", "world_size", "tolerance"),
     [
-        ("transfusion", [], [], 2, 1e-6),
-        ("transfusion", [], TP2, 2, 1e-5),
-        ("chameleon", TP2, PP2, 2, 1e-5),
-        ("transfusion", CP2, TP2, 2, 1e-5),
-        ("janus", CP2, PP2, 2, 1e-5),
-        ("showo", TP2, [], 2, 1e-5),
-        ("mmada", PP2, CP2, 2, 1e-5),
-        ("showo_flow", CP2, TP2, 2, 1e-5),
-        ("chameleon", ["checkpoint.async_save=true"], [], 1, 1e-5),
-        ("unimoe", EP2, PP2, 2, 1e-5),
-        ("transfusion_experts", EP2, [], 1, 1e-5),
-        ("transfusion_experts", EP2, [*EP2, *TP2], 2, 1e-5),
-        ("transfusion_experts", [*EP2, *PLAIN], [*TP2, *PLAIN], 2, 1e-5),
-        ("transfusion_experts", [*EP2, *GROUPED], GROUPED, 1, 1e-5),
-    ],
-    ids=[
-        "same-layout",
-        "dp2-to-tp2",
-        "tp2-to-pp2",
-        "cp2-to-tp2",
-        "janus-cp2-to-pp2",
-        "showo-tp2-to-dp2",
-        "mmada-pp2-to-cp2",
-        "showo_flow-cp2-to-tp2",
-        "async-dp2-to-one",
-        "unimoe-ep2-to-pp2",
-        "ep2-to-one",
-        "ep2-to-ep2-tp2",
-        "plain-ep2-to-tp2",
-        "grouped-ep2-to-one",
+        pytest.param("transfusion", [], [], 2, 1e-6, id="same-layout"),
+        pytest.param("transfusion", [], TP2, 2, 1e-5, id="dp2-to-tp2", marks=EXHAUSTIVE),
+        pytest.param("chameleon", TP2, PP2, 2, 1e-5, id="tp2-to-pp2", marks=EXHAUSTIVE),
+        pytest.param("transfusion", CP2, TP2, 2, 1e-5, id="cp2-to-tp2"),
+        pytest.param("janus", CP2, PP2, 2, 1e-5, id="janus-cp2-to-pp2", marks=EXHAUSTIVE),
+        pytest.param("showo", TP2, [], 2, 1e-5, id="showo-tp2-to-dp2", marks=EXHAUSTIVE),
+        pytest.param("mmada", PP2, CP2, 2, 1e-5, id="mmada-pp2-to-cp2"),
+        pytest.param("showo_flow", CP2, TP2, 2, 1e-5, id="showo_flow-cp2-to-tp2", marks=EXHAUSTIVE),
+        pytest.param(
+            "chameleon",
+            ["checkpoint.async_save=true"],
+            [],
+            1,
+            1e-5,
+            id="async-dp2-to-one",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param("unimoe", EP2, PP2, 2, 1e-5, id="unimoe-ep2-to-pp2"),
+        pytest.param("transfusion_experts", EP2, [], 1, 1e-5, id="ep2-to-one", marks=EXHAUSTIVE),
+        pytest.param(
+            "transfusion_experts", EP2, [*EP2, *TP2], 2, 1e-5, id="ep2-to-ep2-tp2", marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            "transfusion_experts",
+            [*EP2, *PLAIN],
+            [*TP2, *PLAIN],
+            2,
+            1e-5,
+            id="plain-ep2-to-tp2",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "transfusion_experts",
+            [*EP2, *GROUPED],
+            GROUPED,
+            1,
+            1e-5,
+            id="grouped-ep2-to-one",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_kill_at_a_random_moment(family, first, then, world_size, tolerance, run, whole, tmp_path):

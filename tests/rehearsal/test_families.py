@@ -8,15 +8,19 @@ from megatron_mm.rehearsal.record import ENGINE
 
 EXPERTS = ["model.trunk.moe_grouped_gemm=true"]
 FAST = ("dp2", "cp4_ring")
-CASES = [
-    pytest.param(family, layout, id=f"{family}-{layout}", marks=[] if layout in FAST else [pytest.mark.slow])
-    for family in (*FAMILIES, "unimoe")
-    for layout in (LAYOUTS if family in THOROUGH else OF_EACH)
-    if layout != "one_worker"  # of the loader, which a rehearsal has not
-]
+WHOLE = THOROUGH[0]
+"""The family that is rehearsed under every layout in the suite; the others in the exhaustive one."""
 
 
-@pytest.mark.parametrize(("family", "layout"), CASES)
+def cases():
+    for family in (*FAMILIES, "unimoe"):
+        for layout in LAYOUTS if family in THOROUGH else OF_EACH:
+            if layout != "one_worker":  # of the loader, which a rehearsal has not
+                slow = pytest.mark.slow if family == WHOLE else pytest.mark.exhaustive
+                yield pytest.param(family, layout, id=f"{family}-{layout}", marks=() if layout in FAST else slow)
+
+
+@pytest.mark.parametrize(("family", "layout"), cases())
 def test_the_host_waits_once_a_step(rehearsed, family, layout):
     world_size, own = LAYOUTS[layout]
     common = [line for line in COMMON if family != "unimoe" or not line.startswith("model.condition_dropout")]

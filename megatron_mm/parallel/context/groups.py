@@ -24,7 +24,8 @@ def make_groups(inner_sizes: Iterable[int]) -> dict[int, Groups]:
     ranks, mine = mpu.get_context_parallel_global_ranks(), mpu.get_context_parallel_rank()
     return {
         size: Groups(
-            _make(ranks[mine - mine % size :][:size], "CONTEXT_INNER"), _make(ranks[mine % size :: size], "CONTEXT_OUTER")
+            _make(ranks[mine - mine % size :][:size], "CONTEXT_INNER"),
+            _make(ranks[mine % size :: size], "CONTEXT_OUTER"),
         )
         for size in inner_sizes
     }
