@@ -84,4 +84,5 @@ def test_replicas_share_the_writing(run, tmp_path):
     weights = sum(
         2 * math.prod(entry.global_shape) for name, entry in index.items() if not name.startswith("optimizer.")
     )
-    assert written_by(tmp_path / "run/checkpoints/iter_0000002")[1] > 0.9 * weights / 2
+    second = written_by(tmp_path / "run/checkpoints/iter_0000002")[1]
+    assert 0.9 < second / (weights / 2) < 4, "with what is written around tensors; half of the optimizer would make 8"
