@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from megatron_mm.config.compose import Config
 from megatron_mm.rehearsal.clock import Rates
+from megatron_mm.rehearsal.errors import RehearsalError
 from megatron_mm.rehearsal.run import Rehearsal, enough, rehearse
 
 
@@ -26,7 +28,7 @@ def rehearse_ranks(
     """Name -> rehearsal. Each rank has a process of its own, so that what it leaves behind does not reach the next.
 
     Raises:
-        RehearsalError: see `rehearse`.
+        RehearsalError: see `rehearse`; or a process was killed.
     """
     context = multiprocessing.get_context("fork")
     with contextlib.ExitStack() as stack:
@@ -35,4 +37,9 @@ def rehearse_ranks(
             pool.submit(rehearse, config, world_size, rank, rates, enough(config), text_vocab_size)
             for pool, rank in zip(pools, ranks.values(), strict=True)
         ]
-        return {name: task.result() for name, task in zip(ranks, given, strict=True)}
+        try:
+            return {name: task.result() for name, task in zip(ranks, given, strict=True)}
+        except BrokenProcessPool as error:
+            raise RehearsalError(
+                "A process that rehearsed a rank was killed, perhaps for want of memory: rehearse one rank with rank=N."
+            ) from error
