@@ -23,9 +23,16 @@ def hashed_dropout(x: torch.Tensor, p: float, token_hash: torch.Tensor, first_ch
     return x * (keep.to(x.dtype) / (1.0 - p))
 
 
-def hash_tokens(keys: torch.Tensor, positions: torch.Tensor, salt: int) -> torch.Tensor:
-    """int32 hash of each token's document key and position (int32 tensors of one shape) under a site's `salt`."""
-    return lowbias32(lowbias32(keys ^ _signed(salt * _GOLDEN)) + positions)
+def hash_tokens(keys: torch.Tensor, positions: torch.Tensor, salt: int | torch.Tensor) -> torch.Tensor:
+    """int32 hash of each token's document key and position (int32 tensors of one shape) under a site's `salt`; under
+    those of `salts` for several sites at once, [sites, ...]."""
+    salted = _signed(salt * _GOLDEN) if isinstance(salt, int) else salt * _signed(_GOLDEN)
+    return lowbias32(lowbias32(keys ^ salted) + positions)
+
+
+def salts(first: int, sites: int, device: torch.device | int) -> torch.Tensor:
+    """int32 [sites, 1, 1]: the salts first, first + 1, ..., for tokens [S, B]. Nothing is copied from the host."""
+    return (torch.arange(sites, dtype=torch.int32, device=device) + _signed(first)).view(-1, 1, 1)
 
 
 def lowbias32(x: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import nn
 
-from megatron_mm.nn.dropout import hash_tokens
+from megatron_mm.nn.dropout import hash_tokens, salts
 from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
 from megatron_mm.parallel.context.runtime import SpreadAttention
@@ -80,6 +80,13 @@ class PackedTransformerLayer(TransformerLayer):
     passes through full recompute and every pipeline schedule unchanged.
     """
 
+    def __init__(self, config: TrunkTransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.hash_tokens = compiled(hash_tokens) if config.compiled_elementwise else hash_tokens
+        first = config.dropout_seed * 2 * config.num_layers + 2 * self.layer_number
+        # Of its two sites of dropout: a tensor, so that one compiled hash serves all layers.
+        self.salts = salts(first, 2, torch.cuda.current_device())
+
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **kwargs):
         self._show_tokens(attention_mask)
         return super().forward(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
@@ -103,9 +110,8 @@ class PackedTransformerLayer(TransformerLayer):
         if isinstance(self.mlp, Experts):
             self.mlp.show_tokens(kinds)
         if self.hidden_dropout > 0.0:
-            salt = self.config.dropout_seed * 2 * self.config.num_layers + 2 * self.layer_number
-            self.self_attn_bda.token_hash = hash_tokens(keys, positions, salt)
-            self.mlp_bda.token_hash = hash_tokens(keys, positions, salt + 1)
+            hashes = self.hash_tokens(keys, positions, self.salts)
+            self.self_attn_bda.token_hash, self.mlp_bda.token_hash = hashes.unbind()
 
 
 class ParallelBlockLayer(PackedTransformerLayer):

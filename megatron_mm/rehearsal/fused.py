@@ -19,10 +19,14 @@ from megatron_mm.nn import fusion
 from megatron_mm.rehearsal.costs import Cost, nbytes
 from megatron_mm.rehearsal.recorder import Recorder
 
+KERNELS = {"norm_heads backward": 3, "weighted_swiglu_back": 2}
+"""Chains that inductor makes more than one kernel of: a sum in another direction than the rest reads all once more, and
+over many tokens takes two steps."""
+
 
 class FusedChains:
-    """What stands in for torch.compile: one kernel for each direction of a chain, which reads its inputs and writes its
-    outputs, those that its backward pass needs among them."""
+    """What stands in for torch.compile: a kernel for each direction of a chain (but for KERNELS), which reads its
+    inputs and writes its outputs, those that its backward pass needs among them."""
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
@@ -81,7 +85,9 @@ class FusedChains:
         read = {tensor.untyped_storage()._cdata for tensor in tensors}
         written = {tensor.untyped_storage()._cdata: tensor for tensor in outs}  # a result may be kept, too
         made = [tensor for key, tensor in written.items() if key not in read]
-        self._recorder.launch(Cost(name, "fused chain", 0, sum(map(nbytes, [*tensors, *made]))), made)
+        launches = KERNELS.get(name, 1)
+        moved = min(launches, 2) * sum(map(nbytes, tensors)) + sum(map(nbytes, made))
+        self._recorder.launch(Cost(name, "fused chain", 0, moved, launches), made)
 
 
 def _specialised(value: Any) -> Any:

@@ -20,11 +20,12 @@ from megatron_mm.rehearsal.stages import rehearse_ranks, stage_ranks
 from megatron_mm.rehearsal.step import StepTime, step_time
 
 TENSOR, PIPELINE, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (None, 2, 4), (1, 2, 4)
-RECOMPUTE = (None, "selective", "full")
+RECOMPUTE = (None, "full")
+"""Not `selective`: of our attention nothing is kept that it could compute again."""
 MOST = 3
 """Rehearsals for each layout that is to fit."""
 NEAR = 1.3
-"""By how much the formula's memory may be over what a GPU has: it leaves parts out, and counts others twice."""
+"""By how much the formula's memory may be over what fits: it leaves parts out, and counts others twice."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Candidate:
     config: Config
     step: StepTime
     peak_bytes: int
+    estimate: float
+    """Of the peak, by the formula."""
     fits: bool
 
     def describe(self) -> str:
@@ -57,26 +60,28 @@ def search(
     text_vocab_size: int,
 ) -> list[Candidate]:
     """The rehearsed layouts, those that fit first, the fastest of them first. It goes on until `trials` of them fit, or
-    MOST times as many were rehearsed.
+    MOST times as many were rehearsed. What rehearsals find beyond the formula's memory holds for the layouts to come.
 
     Raises:
         ConfigError: by the formula none comes near what a GPU has.
     """
-    near = [
-        layout
-        for layout in layouts(config, world_size)
-        if estimate(layout, family.vocab.size, world_size).total < NEAR * 1e9 * gpu_gigabytes
-    ]
+    limit = 0.9e9 * gpu_gigabytes
+    sizes = [(layout, estimate(layout, family.vocab.size, world_size).total) for layout in layouts(config, world_size)]
+    near = [(layout, size) for layout, size in sizes if size < NEAR * limit]
     if not near:
         raise ConfigError(
             f"No layout over world_size={world_size} comes near {gpu_gigabytes:g} GB a GPU: give more GPUs, or a "
             "shorter data.seq_length."
         )
-    near.sort(key=lambda layout: guess(layout, family, world_size, rates))
+    near.sort(key=lambda pair: guess(pair[0], family, world_size, rates))
     found: list[Candidate] = []
-    for layout in near[: MOST * trials]:
-        found.append(_try(layout, family, world_size, rates, gpu_gigabytes, text_vocab_size))
-        if sum(candidate.fits for candidate in found) == trials:
+    scale = 1 / NEAR  # of the formula's memory to the rehearsed one, at least
+    for layout, size in near:
+        if size * scale > limit:
+            continue
+        found.append(_try(layout, family, world_size, rates, limit, text_vocab_size))
+        scale = min(each.peak_bytes / each.estimate for each in found)
+        if sum(candidate.fits for candidate in found) == trials or len(found) == MOST * trials:
             break
     return sorted(found, key=lambda candidate: (not candidate.fits, candidate.step.total))
 
@@ -134,10 +139,10 @@ def guess(config: Config, family: Family, world_size: int, rates: Rates) -> floa
 
 
 def _try(
-    config: Config, family: Family, world_size: int, rates: Rates, gpu_gigabytes: float, text_vocab_size: int
+    config: Config, family: Family, world_size: int, rates: Rates, limit: float, text_vocab_size: int
 ) -> Candidate:
     ranks = stage_ranks(config, world_size, middle=False)
     rehearsals: dict[str, Rehearsal] = rehearse_ranks(config, world_size, ranks, rates, text_vocab_size)
     peak = max(rehearsal.peak.total for rehearsal in rehearsals.values())
     step = step_time(config, family, list(rehearsals.values()), rates)
-    return Candidate(config, step, peak, peak < 0.9e9 * gpu_gigabytes)
+    return Candidate(config, step, peak, estimate(config, family.vocab.size, world_size).total, peak < limit)

@@ -31,7 +31,7 @@ COMMON = [
 ]  # fmt: skip
 FAMILIES = {
     "transfusion": ["model=transfusion_7b"],
-    "chameleon": ["model=chameleon_34b"],
+    "chameleon": ["model=chameleon_7b"],
     "janus": ["model=janus_pro_7b"],
     "showo": ["model=showo_1.3b"],
     "showo_flow": ["model=showo_flow_7b"],

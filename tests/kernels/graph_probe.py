@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu_back
 from mm_kernels.offline_inductor import compiling_graphs
 
 from megatron_mm.benchmark.synthetic import synthetic_steps
@@ -53,14 +54,26 @@ def norm_heads_of_chameleon_7b() -> None:
     compiled(norm_heads)(x, weight, bias, 1e-5).sum().backward()
 
 
+def swiglu_of_experts() -> None:
+    """The backward pass alone, as megatron-core compiles it."""
+    grad, x, weights = (torch.empty(shape, device="meta") for shape in ((8192, 11008), (8192, 22016), (8192, 1)))
+    weighted_swiglu_back(grad.bfloat16(), x.bfloat16(), weights)
+
+
 def rows(capability: int) -> list[dict]:
     with compiling_graphs(capability) as of_norms:
         norm_heads_of_chameleon_7b()
+    with compiling_graphs(capability) as of_experts:
+        swiglu_of_experts()
     with compiling_graphs(capability, CPU) as of_layers:
         for overrides in MODELS:
             train_one_layer(overrides)
     figures = ("capability", "name", "registers", "spill_bytes")
-    return [{name: getattr(made, name) for name in figures} for made in of_norms + of_layers]
+    return [
+        {"of": of} | {name: getattr(made, name) for name in figures}
+        for of, compiled in (("norm_heads", of_norms), ("weighted_swiglu_back", of_experts), ("layers", of_layers))
+        for made in compiled
+    ]
 
 
 if __name__ == "__main__":

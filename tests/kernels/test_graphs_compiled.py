@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm.rehearsal.fused import KERNELS
+
 # Operations that inductor names each chain's kernels after: of the forward pass, and of the backward pass.
 CHAINS = {
     "head norms": ("native_layer_norm", "native_layer_norm_backward"),
@@ -17,6 +19,7 @@ CHAINS = {
         "to_copy_add_arange_bitwise_and_bitwise_xor",
         "to_copy_arange_bitwise_and_bitwise_xor",
     ),
+    "hashes of tokens": ("add_bitwise_and_bitwise_xor_mul",),
     "SwiGLU": ("fused_mul_silu", "sigmoid_silu"),
     "SwiGLU behind a bias": ("fused_add_mul_silu", "fused_add_cat_mul_rsub_sigmoid_silu"),
     "SwiGLU of experts": ("fused__to_copy_mul_silu", "fused__to_copy_add_cat_mul_rsub_sigmoid_silu"),
@@ -49,3 +52,14 @@ def test_each_has_a_configuration_without_spills(rows):
     for row in rows:
         spills[row["capability"], row["name"]].append(row["spill_bytes"])
     assert not [kernel for kernel, found in spills.items() if min(found) > 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100])
+def test_chains_of_several_kernels_are_those_that_a_rehearsal_counts(rows, capability):
+    kernels = defaultdict(set)
+    for row in rows:
+        if row["capability"] == capability:
+            kernels[row["of"]].add(row["name"])
+    assert len(kernels["norm_heads"]) == 1 + KERNELS["norm_heads backward"]
+    assert len(kernels["weighted_swiglu_back"]) == KERNELS["weighted_swiglu_back"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mm.nn.dropout import hash_tokens, hashed_dropout
+from megatron_mm.nn.dropout import hash_tokens, hashed_dropout, salts
 
 KEYS, POSITIONS, CHANNELS = 4, 512, 256
 N = KEYS * POSITIONS * CHANNELS
@@ -57,6 +57,14 @@ def test_the_bits_of_the_first_run():
         9523581333054000773,
         1199845487352860922,
     ]
+
+
+@pytest.mark.parametrize("first", [0, 11, 2**31 - 1, 2**40 + 5])
+def test_several_sites_at_once(first):
+    keys, positions = torch.randint(-(2**31), 2**31, (2, 5, 3), dtype=torch.int32)
+    hashed = hash_tokens(keys, positions, salts(first, 2, torch.device("cpu")))
+    assert hashed.dtype == torch.int32
+    assert torch.equal(hashed, torch.stack([hash_tokens(keys, positions, first + site) for site in range(2)]))
 
 
 def correlation(a, b, p):
