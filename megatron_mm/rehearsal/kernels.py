@@ -35,7 +35,7 @@ class Launches:
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
-        self._pairs: dict[tuple, int] = {}
+        self._pairs: dict[tuple, tuple[torch.Tensor, int]] = {}
         self._latest = 0
 
     def __call__(self, kernel: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -66,10 +66,9 @@ class Launches:
         key = (lo.data_ptr(), queries, keys, until is None)
         if key not in self._pairs:
             rows = zip(lo, hi, [None] * len(lo) if until is None else until, strict=True)
-            self._pairs[key] = sum(
-                pairs(*(None if row is None else row.numpy() for row in each), keys) for each in rows
-            )
-        return self._pairs[key]
+            count = sum(pairs(*(None if row is None else row.numpy() for row in each), keys) for each in rows)
+            self._pairs[key] = lo, count  # the mask is kept, or another one could come to lie where it was
+        return self._pairs[key][1]
 
 
 def pairs(lo: np.ndarray, hi: np.ndarray, until: np.ndarray | None, keys: int) -> int:

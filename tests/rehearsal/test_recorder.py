@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron_mm.mask import area, causal, concatenate, hide_after, with_spans
 from megatron_mm.rehearsal.errors import RehearsalError
 from megatron_mm.rehearsal.fused import counted_chains
-from megatron_mm.rehearsal.kernels import pairs
+from megatron_mm.rehearsal.kernels import Launches, pairs
 from megatron_mm.rehearsal.meta import META
 
 
@@ -151,6 +151,17 @@ def test_flops_of_products_of_groups(recorder):
     F.grouped_mm(x, w, offs=ends).square().sum().backward()
     product = recorder.record.kinds["product"]
     assert (product.launches, product.flops) == (3, 3 * 2 * 32 * 64 * 16)
+
+
+def test_every_mask_is_counted_although_one_lies_where_another_was(recorder):
+    launches = Launches(recorder)
+    masks = [with_spans(256, [(8, end)]) for end in range(16, 256, 16)]
+    sources = [torch.from_numpy(mask)[:, None].contiguous() for mask in masks]
+    for mask, source in zip(masks, sources, strict=True):
+        lo, hi, until = source.to("cuda").unbind()
+        tensors = {"lo_ptr": lo, "hi_ptr": hi, "until_ptr": until}
+        assert launches._count_pairs({"queries": 256, "keys": 256, "HAS_UNTIL": True}, tensors) == area(mask)
+        del lo, hi, until, tensors
 
 
 def test_pairs_are_the_masks_area():
