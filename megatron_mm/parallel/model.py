@@ -41,7 +41,8 @@ class StageModel(MegatronModule):
         self.rotary_dim, self.rotary_base = family.trunk.rotary_dim, family.trunk.rotary_base
         ops = MegatronOps(config)
         options = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
-        with Undrawn():
+        # What a family builds lies on the device from the start: Show-o2's semantic layers alone take 10 GB in fp32.
+        with Undrawn(), torch.device(options["device"]):
             self.front = family.build_front(ops).to(**options) if first else None
             self.decoder = TransformerBlock(
                 config,
