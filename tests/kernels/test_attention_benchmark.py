@@ -144,7 +144,6 @@ def test_a_peer_that_fails_is_a_row_and_tried_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["causal", "docs", "t2i"])
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != "reference"])
 def test_peers_compute_what_they_are_measured_for(name, peer):
