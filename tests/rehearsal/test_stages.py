@@ -2,13 +2,17 @@
 
 import os
 import signal
+from unittest.mock import patch
 
 import pytest
+from distributed import run_ranks
+from torch import nn
 
 from megatron_mm.config.compose import compose
 from megatron_mm.rehearsal import stages
 from megatron_mm.rehearsal.clock import Rates
 from megatron_mm.rehearsal.errors import RehearsalError
+from megatron_mm.rehearsal.run import rehearse
 
 
 def _config(pipeline: int):
@@ -36,3 +40,21 @@ def test_a_killed_process_is_one_sentence(monkeypatch):
     monkeypatch.setattr(stages, "rehearse", _killed)
     with pytest.raises(RehearsalError, match="was killed, perhaps for want of memory"):
         stages.rehearse_ranks(_config(2), 2, {"first": 0, "last": 1}, Rates(), 500)
+
+
+def _devices_of_what_is_cast(_: dict) -> set[str]:
+    found, to = set(), nn.Module.to
+
+    def watched(self, *args, **kwargs):
+        found.update(parameter.device.type for parameter in self.parameters())
+        return to(self, *args, **kwargs)
+
+    config = compose(["model=showo_flow_tiny", "run.name=test", "data.path=none", "data.seq_length=512"])
+    with patch.object(nn.Module, "to", watched):
+        rehearse(config, 1, 0, text_vocab_size=500, path="cpu")
+    return found
+
+
+def test_a_family_builds_on_the_device():
+    """On the host its parts would take their whole size first, in fp32."""
+    assert run_ranks(_devices_of_what_is_cast, 1) == [{"meta"}]
