@@ -30,7 +30,7 @@ from megatron_mm.families.registry import build_family
 from megatron_mm.nn.attention import TRITON
 from megatron_mm.parallel.context.predict import Hardware
 from megatron_mm.parallel.sizes import ParameterCounts, count_parameters
-from megatron_mm.plan.memory import Memory, estimate
+from megatron_mm.plan.memory import Memory, estimate, usable
 from megatron_mm.plan.time import StepTime, step_time
 from megatron_mm.rehearsal.clock import Rates
 from megatron_mm.report.mfu import DENSE_BF16_PEAKS, trunk_flops
@@ -154,7 +154,7 @@ def _memory_table(memory: Memory, plan: PlanConfig) -> Table:
     table.add_column("GB", justify="right")
     for field in fields(memory):
         table.add_row(field.name, f"{getattr(memory, field.name) / 1e9:.2f}")
-    verdict = "fits" if memory.total / 1e9 < 0.9 * plan.gpu_gigabytes else "does not fit"
+    verdict = "fits" if memory.total < usable(plan.gpu_gigabytes) else "does not fit"
     table.add_row(f"total ({verdict} {plan.gpu_gigabytes:g} GB)", f"{memory.total / 1e9:.2f}", style="bold")
     return table
 

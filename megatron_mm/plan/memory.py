@@ -33,6 +33,11 @@ class Memory:
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
+def usable(gpu_gigabytes: float) -> float:
+    """Bytes that a run may take of a GPU: a tenth stays free, for the CUDA context, NCCL's buffers and fragments."""
+    return 0.9e9 * gpu_gigabytes
+
+
 def parameters(config: Config, vocab_size: int, beside: int = 0) -> tuple[float, float]:
     """(weights of one rank at most, weights of the whole model), without norms and biases.
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from rich.table import Table
 
+from megatron_mm.plan.memory import usable
 from megatron_mm.rehearsal.record import AGAIN, BACKWARD, FORWARD, Sums
 from megatron_mm.rehearsal.run import Rehearsal
 from megatron_mm.rehearsal.search import Candidate
@@ -33,15 +34,10 @@ def memory_table(stages: Stages, gpu_gigabytes: float) -> Table:
         if max(held[name]) >= 0.005:
             table.add_row(name, *(f"{gigabytes:.2f}" for gigabytes in held[name]))
     most = max(each.peak.total for each in stages.values()) / 1e9
-    verdict = "fits" if fits(stages, gpu_gigabytes) else "does not fit"
+    verdict = "fits" if most * 1e9 < usable(gpu_gigabytes) else "does not fit"
     table.add_row(f"total ({verdict} {gpu_gigabytes:g} GB)", *(f"{e.peak.total / 1e9:.2f}" for e in stages.values()))
     table.caption = f"The fullest: {most:.2f} GB, without the CUDA context and NCCL's buffers (1 to 2 GB)."
     return table
-
-
-def fits(stages: Stages, gpu_gigabytes: float) -> bool:
-    """A tenth stays free, for the CUDA context, NCCL's buffers and the allocator's fragments."""
-    return max(each.peak.total for each in stages.values()) < 0.9e9 * gpu_gigabytes
 
 
 def parts_table(stages: Stages) -> Table:

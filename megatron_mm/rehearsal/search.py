@@ -13,7 +13,7 @@ import torch
 from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.validate import validate
 from megatron_mm.families.base import Family
-from megatron_mm.plan.memory import estimate
+from megatron_mm.plan.memory import estimate, usable
 from megatron_mm.rehearsal.clock import Rates
 from megatron_mm.rehearsal.run import Rehearsal
 from megatron_mm.rehearsal.stages import rehearse_ranks, stage_ranks
@@ -65,7 +65,7 @@ def search(
     Raises:
         ConfigError: by the formula none comes near what a GPU has.
     """
-    limit = 0.9e9 * gpu_gigabytes
+    limit = usable(gpu_gigabytes)
     sizes = [(layout, estimate(layout, family.vocab.size, world_size).total) for layout in layouts(config, world_size)]
     near = [(layout, size) for layout, size in sizes if size < NEAR * limit]
     if not near:
