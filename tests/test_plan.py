@@ -156,3 +156,9 @@ def test_the_command():
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         main([*LONG, *arguments])
+
+
+def test_a_table_of_other_columns_is_refused_before_the_search(tmp_path):
+    (tmp_path / "other.csv").write_text("run,ms\ndemo,1\n")
+    with pytest.raises(ValueError, match="other.csv has other columns"):
+        main([*LONG, "search=true", f"out={tmp_path}/other.csv"])

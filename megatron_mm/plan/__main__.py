@@ -114,12 +114,14 @@ def rehearsed(plan: PlanConfig, config: Config, family: Family) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     if plan.search:
+        rows = search.rows(Path(plan.out)) if plan.out else None
         found = search.search(
             config, family, plan.world_size, plan, plan.gpu_gigabytes, plan.trials, plan.text_vocab_size
         )
         console.print(report.search_table(found, plan.gpu_gigabytes))
-        if plan.out:
-            search.append(Path(plan.out), config.run.name, plan.world_size, found)
+        for row in (search.row(config.run.name, plan.world_size, each) for each in found):
+            if rows is not None and row not in rows:
+                rows.append(row)
         return
     ranks = stages.stage_ranks(config, plan.world_size)
     if plan.rank is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from mm_kernels.rows import Rows
 
 from megatron_mm.config.compose import Config, ConfigError
 from megatron_mm.config.validate import validate
@@ -22,6 +22,7 @@ from megatron_mm.rehearsal.step import StepTime, step_time
 TENSOR, PIPELINE, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (None, 2, 4), (1, 2, 4)
 RECOMPUTE = (None, "full")
 """Not `selective`: of our attention nothing is kept that it could compute again."""
+COLUMNS = ("run", "gpus", "layout", "step_s", "tokens_per_second", "mfu", "peak_gb", "fits", "torch")
 MOST = 3
 """Rehearsals for each layout that is to fit."""
 NEAR = 1.3
@@ -86,19 +87,20 @@ def search(
     return sorted(found, key=lambda candidate: (not candidate.fits, candidate.step.total))
 
 
-def append(path: Path, name: str, world_size: int, found: Sequence[Candidate]) -> None:
-    """Adds a row for each rehearsed layout of the run `name` to a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(("run", "gpus", "layout", "step_s", "tokens_per_second", "mfu", "peak_gb", "fits", "torch"))
-        for each in found:
-            step = each.step
-            figures = (step.total, step.tokens_per_second, step.mfu, each.peak_bytes / 1e9)
-            texts = (f"{value:.4g}" for value in figures)
-            writer.writerow((name, world_size, each.describe(), *texts, each.fits, torch.__version__))
+def rows(path: Path) -> Rows:
+    """A CSV file of rehearsed layouts.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    return Rows(path, COLUMNS, COLUMNS[:3])
+
+
+def row(name: str, world_size: int, found: Candidate) -> dict[str, object]:
+    """What such a file says of a layout of the run `name`."""
+    step = found.step
+    figures = (step.total, step.tokens_per_second, step.mfu, found.peak_bytes / 1e9, found.fits)
+    return dict(zip(COLUMNS, (name, world_size, found.describe(), *figures, torch.__version__), strict=True))
 
 
 def layouts(config: Config, world_size: int) -> Iterator[Config]:

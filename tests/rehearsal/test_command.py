@@ -45,7 +45,9 @@ def test_one_rank():
 
 @pytest.mark.slow
 def test_search(tmp_path):
-    said = _plan("search=true", "trials=2", f"out={tmp_path}/tables/layouts.csv")
+    arguments = ("search=true", "trials=2", f"out={tmp_path}/tables/layouts.csv")
+    said = _plan(*arguments)
+    assert _plan(*arguments) == said, "and adds no row a second time"
     with (tmp_path / "tables" / "layouts.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 and all(row["fits"] == "True" and row["gpus"] == "4" for row in rows)
