@@ -24,6 +24,7 @@ from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.data.dataset import open_data
 from megatron_mm.data.files import replacing
 from megatron_mm.data.loader import StepLoader
+from megatron_mm.documents.builder import Builder
 from megatron_mm.engines.checkpoint import resolve
 from megatron_mm.report.accuracy import draw_images, score, write_captions
 from megatron_mm.report.classifier import train_classifier
@@ -112,8 +113,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _draw_mask(run: Config, model: SamplingModel, path: Path) -> None:
     """The first pack of the run."""
-    plan, reader, _ = open_data(run.data, run.model.image, model.family, model.tokenizer, run.train.seed)
-    loader = StepLoader(plan, reader, model.family, run.data, run.train.seed, 1, 1, 0, 1)
+    builder = Builder(model.family)
+    plan, reader, _ = open_data(run.data, run.model.image, builder, model.tokenizer, run.train.seed)
+    loader = StepLoader(plan, reader, builder, run.data, run.train.seed, 1, 1, 0, 1)
     (batch,) = next(loader).batches
     loader.close()
     plot_mask(batch.mask[0].numpy(), batch.images[:, 1:], path)

@@ -24,6 +24,7 @@ from megatron_mm.data.loader import DataState, Step, StepLoader
 from megatron_mm.data.plan import Plan
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.documents.builder import Builder
 from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_weights
 from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.base import Family
@@ -73,7 +74,7 @@ def open_run(config: Config) -> tuple[Family, Plan, SampleReader, list[LedgerEnt
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     family = build_family(config.model, tokenizer.size)
-    return family, *open_data(config.data, config.model.image, family, tokenizer, config.train.seed)
+    return family, *open_data(config.data, config.model.image, Builder(family), tokenizer, config.train.seed)
 
 
 def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal) -> list[StepMetrics]:
@@ -123,7 +124,7 @@ def _train(
         engine.optimizer.reload_model_params()
 
     loader = StepLoader(
-        plan, reader, engine.family, config.data, config.train.seed, config.train.global_batch_size,
+        plan, reader, Builder(engine.family), config.data, config.train.seed, config.train.global_batch_size,
         config.train.micro_batch_size, layout.dp_rank, layout.dp_size, state, engine.prepare,
     )  # fmt: skip
     writer = None

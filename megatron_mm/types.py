@@ -19,20 +19,28 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class TextSegment:
-    """A run of text: token ids of the run's tokenizer, int64 [n], without specials."""
+    """A run of text: token ids of the run's tokenizer, int64 [n], without specials.
+
+    loss: whether it is learnt; what is not is given, a prompt. ends: EOS stands behind it, as behind each of an
+    assistant's turns.
+    """
 
     ids: np.ndarray
+    loss: bool = True
+    ends: bool = False
 
 
 @dataclass(frozen=True)
 class ImageSegment:
     """An image: float32 pixels (in [-1, 1]) or latents [C, H, W], or integer codes [h, w] of an image tokenizer.
 
-    `pixels`: float32 [3, H, W] in [-1, 1], where the family reads images through a vision encoder as well.
+    `pixels`: float32 [3, H, W] in [-1, 1], where the family reads images through a vision encoder as well. `loss`: as
+    of a text.
     """
 
     data: np.ndarray
     pixels: np.ndarray | None = None
+    loss: bool = True
 
 
 Segment = TextSegment | ImageSegment
@@ -50,7 +58,8 @@ class Sample:
     """One training document as read from a shard.
 
     `uid` is the sample's ordinal in the index: with seed and epoch it is all that randomness may depend on.
-    `task`: what a caption-image pair is to teach, one of `TASKS`; `auto` leaves it to the family's shares.
+    `task`: what it is to teach of an image that it may learn, one of `TASKS`; `auto` leaves it to the family's shares.
+    `begins`, `ends`: False for a piece of a longer document that others precede, or follow.
     """
 
     uid: int
@@ -58,6 +67,8 @@ class Sample:
     segments: tuple[Segment, ...]
     meta: dict = field(default_factory=dict)
     task: str = "auto"
+    begins: bool = True
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,8 @@ class Document:
 
     tokens int64 [n]; mask int32 [3, n] (see `megatron_mm.mask`); fields: name -> array [n, ...], the family's own;
     images int32 [m, 3]: (first position, grid height, grid width) of each image span; encoded int32 [k, 3]: those of
-    them that networks over whole images read, in the family's front or back.
+    them that networks over whole images read, in the family's front or back; positions int32 [n]: each one's place for
+    RoPE, 0 .. n-1 if None.
     """
 
     uid: int
@@ -75,6 +87,7 @@ class Document:
     fields: dict[str, np.ndarray]
     images: np.ndarray
     encoded: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int32))
+    positions: np.ndarray | None = None
 
 
 FRONT, BACK = "front", "back"
@@ -97,10 +110,14 @@ class FieldSpec:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of the objective: total = sum over terms of weight * global_sum / global_count."""
+    """One term of the objective: total = sum over terms of weight * global_sum / global_count.
+
+    `over`: the term whose positions it is a mean over, if not its own.
+    """
 
     name: str
     weight: float
+    over: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ class PackedBatch:
     meta int32 [B, 6, S], the only thing that every transformer layer sees: rows 0-2 the interval mask (lo, hi, until)
       in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key,
       row 5 the kind (0 is padding, from 1 on the modality).
-    fields: name -> tensor [B, S, ...], read by the family's front, back and counts only.
+    fields: name -> tensor [B, S, ...], read by the family's front and back, and by the counting of labels, only.
     images int32 [M, 4]: (row, first position, grid height, grid width) of every image span; stays on the host.
     documents, real_tokens: how many documents and non-padding tokens the rows hold.
     grids: the images that networks over whole images read.

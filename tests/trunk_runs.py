@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from documents import next_tokens
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from sharded import Shard, local_shards
 
@@ -15,7 +16,6 @@ from megatron_mm.config.model import ChameleonConfig, TrunkConfig
 from megatron_mm.config.schema import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatron_mm.data.pack import pack
 from megatron_mm.engines.megatron import MegatronEngine, build_chunks
-from megatron_mm.families.layout import next_token_labels
 from megatron_mm.families.registry import build_family
 from megatron_mm.mask import with_spans
 from megatron_mm.parallel.context.runtime import Part
@@ -49,7 +49,7 @@ def documents(spans: bool) -> list[list[Document]]:
     for lengths in ((9, 13), (LENGTH,)):
         tokens = [rng.integers(0, VOCAB, n) for n in lengths]
         masks = [with_spans(n, [(2, 6), (n - 3, n)] if spans else []) for n in lengths]
-        labels = [{"labels": next_token_labels(t)} for t in tokens]
+        labels = [next_tokens(t) for t in tokens]
         rows.append([Document(0, *parts, none) for parts in zip(tokens, masks, labels, strict=True)])
     return rows
 

@@ -25,6 +25,7 @@ from megatron_mm.data.balance import deal
 from megatron_mm.data.dataset import open_data
 from megatron_mm.data.plan import Plan, Position
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.documents.builder import Builder
 from megatron_mm.families.registry import build_family
 
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     config = compose(["run.name=encoder", *overrides])
     tokenizer = load_tokenizer(config.data.tokenizer)
     family = build_family(config.model, tokenizer.size)
-    plan, _, _ = open_data(config.data, config.model.image, family, tokenizer, config.train.seed)
+    plan, _, _ = open_data(config.data, config.model.image, Builder(family), tokenizer, config.train.seed)
     if plan.images is None:
         raise ConfigError(f"model.family={config.model.family} has no encoder that reads these documents' images.")
     lines = list(measure(plan, [int(size) for size in benchmark.ranks.split(",")], benchmark.packs, benchmark.steps))

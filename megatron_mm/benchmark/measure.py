@@ -19,6 +19,7 @@ from megatron_mm.benchmark.result import Result
 from megatron_mm.benchmark.variants import attending
 from megatron_mm.config.compose import Config
 from megatron_mm.config.schema import AttentionConfig
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
@@ -68,7 +69,7 @@ class Bench:
         parts = select_parts(config, family, device)
         engine = self._engine_for(config, family)
         peer = run.variant.peer
-        attend = peer(mask_rows=3 if family.hides_keys else 2) if peer else BACKENDS[parts.attention]
+        attend = peer(mask_rows=3 if MaskTraits.of(family).hides_keys else 2) if peer else BACKENDS[parts.attention]
         prepared = [[engine.prepare(batch) for batch in batches] for batches in steps]
         step = lambda number: engine.step(prepared[number % len(prepared)])  # noqa: E731
         shares: list[Share] = []

@@ -26,6 +26,8 @@ from megatron_mm.config.compose import Config, compose
 from megatron_mm.config.validate import validate
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
+from megatron_mm.data.shape import Shape, TextPart
+from megatron_mm.documents.builder import Builder
 from megatron_mm.engines.megatron import MegatronEngine, MicroBatch
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
@@ -83,9 +85,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def one_document(family: Family, length: int) -> PackedBatch:
     """A row of `length` positions, all of them one document of random text."""
-    streams = Streams(0, 0, 0)
-    words = np.random.default_rng(0).integers(TEXT_VOCABULARY, size=length - family.length(0, 1, 0))
-    document = family.lay_out(Sample(0, "text", (TextSegment(words),)), streams)
+    streams, builder = Streams(0, 0, 0), Builder(family)
+    beside = builder.length(Shape((TextPart(0, 0),)))
+    words = np.random.default_rng(0).integers(TEXT_VOCABULARY, size=length - beside)
+    document = builder.lay_out(Sample(0, "text", (TextSegment(words),)), streams)
     return pack([[document]], length, family.fields, family.vocab.pad, [[streams.dropout_key]])
 
 

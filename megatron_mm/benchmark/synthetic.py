@@ -13,6 +13,8 @@ from megatron_mm.config.compose import Config
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.loader import StepLoader
 from megatron_mm.data.plan import Plan
+from megatron_mm.data.shape import ImagePart, Shape, shape_of
+from megatron_mm.documents.builder import Builder
 from megatron_mm.families.base import Family
 from megatron_mm.types import ImageSegment, PackedBatch, Sample, Segment, TextSegment
 
@@ -44,14 +46,13 @@ class SyntheticSamples:
         return Sample(uid, f"{kind}-{uid}", tuple(segments))
 
     def length(self, sample: Sample) -> int:
-        texts = [len(segment.ids) for segment in sample.segments if isinstance(segment, TextSegment)]
-        return self._family.length(sum(texts), len(texts), len(sample.segments) - len(texts))
+        return Builder(self._family).length(shape_of(sample, self._image))
 
     def _draw_image(self, rng: np.random.Generator) -> ImageSegment:
         pixels = self._family.pixels
         seen = rng.uniform(-1, 1, (3, pixels.height, pixels.width)).astype(np.float32) if pixels else None
         if codes := self._family.image_codes:
-            return ImageSegment(rng.integers(codes, size=self._family.grid), seen)
+            return ImageSegment(rng.integers(codes, size=(self._image.height, self._image.width)), seen)
         shape = (self._image.channels, self._image.height, self._image.width)
         return ImageSegment(rng.standard_normal(shape, dtype=np.float32), seen)
 
@@ -87,13 +88,14 @@ def synthetic_steps(config: Config, family: Family, text_vocab_size: int, count:
         lengths.append(samples.length(samples.read(len(lengths))))
         fitting += lengths[-1] * (lengths[-1] <= seq_length)
         if len(lengths) >= 100 and fitting == 0:
+            one_image = Shape((ImagePart(0, config.model.image.height, config.model.image.width),))
             raise ValueError(
                 f"None of 100 documents fits into data.seq_length={seq_length}: an image alone takes "
-                f"{family.length(0, 0, 1)} positions. Raise it."
+                f"{Builder(family).length(one_image)} positions. Raise it."
             )
     plan = Plan(np.array(lengths), seq_length, train.seed, len(lengths))
     loader = StepLoader(
-        plan, samples, family, config.data, train.seed, train.global_batch_size, train.micro_batch_size, 0, 1
+        plan, samples, Builder(family), config.data, train.seed, train.global_batch_size, train.micro_batch_size, 0, 1
     )  # fmt: skip
     steps = [next(loader).batches for _ in range(count)]
     loader.close()

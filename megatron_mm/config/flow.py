@@ -33,6 +33,9 @@ class ShowoFlowConfig:
     """Share of caption-image pairs that teach text to image; the others teach image to text."""
     condition_dropout: float = 0.1
     """Share of text to image trained without its caption, for classifier-free guidance."""
+    clean_context: bool = False
+    """An interleaved document teaches to draw every image: what follows one sees a clean copy of it, as in sampling;
+    costs an image's positions once more."""
     time_shift: bool = True
     """Shift times towards noise, the more the more positions an image has."""
 

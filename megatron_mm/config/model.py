@@ -144,6 +144,9 @@ class TransfusionConfig:
     """Bound on the timestep of an image that a later caption describes."""
     condition_dropout: float = 0.0
     """Share of caption-first pairs trained without their caption, for classifier-free guidance."""
+    clean_context: bool = False
+    """What follows an image that is learnt sees a clean copy of it, as in sampling, in place of the noised one; costs
+    an image's positions once more."""
 
 
 @dataclass(frozen=True)

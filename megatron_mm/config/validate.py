@@ -268,6 +268,10 @@ def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
         f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
         f"{model.num_train_timesteps}; lower it.",
     )
+    yield (
+        model.patch_codec == "unet" and model.patch_size & (model.patch_size - 1) > 0,
+        f"model.patch_size={model.patch_size} must be a power of two for model.patch_codec=unet; change one of them.",
+    )
 
 
 def _expert_contradictions(config: Config, world_size: int, training: bool) -> Iterator[tuple[bool, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig, SourceConfig
 from megatron_mm.data.blend import Blend
+from megatron_mm.data.chat import Chat
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.files import replacing
 from megatron_mm.data.image_codec import ImageCodec
@@ -21,6 +22,8 @@ from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.data.index import Index, build_index, joined
 from megatron_mm.data.plan import Plan
 from megatron_mm.data.sample import SampleReader
+from megatron_mm.data.shape import ImagePart, Shape
+from megatron_mm.data.shapes import shapes_of
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.types import Document, FieldSpec, Sample
 
@@ -33,7 +36,7 @@ class Ids(Protocol):
 
 
 class Layout(Protocol):
-    """What the data path needs of a family (`megatron_mm.families.base.Family` has more)."""
+    """What the data path needs of a family's documents (`megatron_mm.documents.builder.Builder`)."""
 
     @property
     def vocab(self) -> Ids: ...
@@ -43,8 +46,8 @@ class Layout(Protocol):
     def image_codes(self) -> int: ...
     @property
     def pixels(self) -> ImageConfig | None: ...
-    def length(self, text_tokens: int, texts: int, images: int) -> int: ...
-    def encoded_images(self, texts: int, images: int, task: str) -> float: ...
+    def length(self, shape: Shape) -> int: ...
+    def encoded_images(self, shape: Shape) -> float: ...
     def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
 
 
@@ -59,26 +62,10 @@ class LedgerEntry:
     reason: str
 
 
-def document_lengths(index: Index, layout: Layout) -> np.ndarray:
-    """int64 [N]: positions of each sample's document; asks the family once for each different kind of sample."""
-    kinds = np.stack([index.text_tokens, index.texts, index.images], axis=1)
-    unique, inverse = np.unique(kinds, axis=0, return_inverse=True)
-    lengths = np.array([layout.length(*kind) for kind in unique.tolist()], dtype=np.int64)
-    expanded: np.ndarray = lengths[inverse.reshape(-1)]
-    return expanded
-
-
-def encoded_images(indices: Sequence[Index], tasks: Sequence[str], layout: Layout) -> np.ndarray | None:
-    """float64 [N]: images of each document that an encoder reads, over all sources; None where none reads any."""
-    found = []
-    for index, task in zip(indices, tasks, strict=True):
-        kinds = np.stack([index.texts, index.images], axis=1)
-        unique, inverse = np.unique(kinds, axis=0, return_inverse=True)
-        read = [layout.encoded_images(texts, images, task) for texts, images in unique.tolist()]
-        costs = np.array(read, dtype=np.float64)
-        found.append(costs[inverse.reshape(-1)])
-    images = np.concatenate(found)
-    return images if images.any() else None
+def measured(shapes: Sequence[Shape], inverse: np.ndarray, measure: Callable[[Shape], float]) -> np.ndarray:
+    """What `measure` says of each sample, float64 [N], asked once for each different shape (see `shapes_of`)."""
+    values: np.ndarray = np.array([measure(shape) for shape in shapes], dtype=np.float64)[inverse]
+    return values
 
 
 def open_data(
@@ -93,21 +80,23 @@ def open_data(
     """
     if data.overlong not in ("error", "skip"):
         raise ValueError(f"data.overlong={data.overlong!r} must be 'error' or 'skip'.")
-    codec = load_image_codec(data, image)
+    codec, chat = load_image_codec(data, image), Chat.load(data.chat_template, data.learn_turns)
     _check_codes(codec, layout, data)
     sources, parts = data.sources or (SourceConfig(str(data.path)),), []
     for number, source in enumerate(sources):
         key = f"data.sources[{number}].path" if data.sources else "data.path"
-        parts.append(build_index(source.path, tokenizer, key))
+        parts.append(build_index(source.path, tokenizer, key, chat))
         if not len(parts[-1]):
             raise ValueError(f"The shards of {key}={source.path} hold no samples.")
     index = joined(parts)
-    lengths = document_lengths(index, layout)
+    shapes = [shapes_of(part, source.task, image) for part, source in zip(parts, sources, strict=True)]
+    lengths = np.concatenate([measured(*each, layout.length) for each in shapes]).astype(np.int64)
     ledger = _fit(index, lengths, data, image, layout)
     firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
     tasks = [(first, source.task) for first, source in zip(firsts, sources, strict=False)]
-    reader = SampleReader(index, tokenizer, codec, layout.pixels, tasks)
-    images = encoded_images(parts, [source.task for source in sources], layout)
+    reader = SampleReader(index, tokenizer, codec, layout.pixels, tasks, chat)
+    encoded = np.concatenate([measured(*each, layout.encoded_images) for each in shapes])
+    images = encoded if encoded.any() else None
     if len(sources) == 1:
         return Plan(lengths, data.seq_length, seed, data.window, images), reader, ledger
     for number, (first, end) in enumerate(pairwise(firsts)):
@@ -145,7 +134,7 @@ def _check_codes(codec: ImageCodec, layout: Layout, data: DataConfig) -> None:
 
 def _fit(index: Index, lengths: np.ndarray, data: DataConfig, image: ImageConfig, layout: Layout) -> list[LedgerEntry]:
     """The ledger of documents longer than seq_length, or the error that says what to do about them."""
-    one_image = layout.length(0, 0, 1)
+    one_image = layout.length(Shape((ImagePart(0, image.height, image.width),)))
     if one_image > data.seq_length and index.images.any():
         raise ValueError(
             f"data.seq_length={data.seq_length} is shorter than one image: model.image of {image.height} x "

@@ -2,7 +2,8 @@
 
 Each shard is scanned once per tokenizer; the result stands beside it (`shard-000000.tar.<tokenizer>.idx.npz`) and is
 rebuilt when the shard's size or modification time changes. Ranks may build the same index at once: they write the same
-bytes and the last rename wins. Costs about 60 bytes of memory a sample and 24 an image.
+bytes and the last rename wins. Costs about 60 bytes of memory a sample, 5 a
+segment and 24 an image.
 
     python -m megatron_mm.data.index FOLDER [TOKENIZER]
 """
@@ -23,11 +24,16 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from megatron_mm.data.chat import PLAIN_CHAT, Chat
+from megatron_mm.data.document import Parsed, Picture, parse_document
 from megatron_mm.data.files import replacing
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_mm.types import TextSegment
 
 CAPTION_SUFFIXES = ("txt", "caption")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+LOSS, ENDS = 1, 2
+"""Bits of `Index.flags`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Index:
 
     shards: the tar files. shard int32 [N]: ordinal of the sample's. keys bytes [N], UTF-8.
     paired bool [N]: a loose webdataset pair (KEY.txt + KEY.jpg), read as caption, image.
-    text_tokens int64 [N], texts int32 [N]: tokens in all text segments, and number of those segments.
+    segments int64 [N + 1]: segments of sample i are segments[i] .. segments[i + 1], of T in all.
+    tokens int32 [T]: of each segment, -1 for an image. flags int8 [T]: LOSS where it is learnt, ENDS where EOS follows.
     starts int64 [N + 1]: members of sample i are starts[i] .. starts[i + 1].
     offsets, sizes int64 [M]: bytes in the shard. heights, widths int32 [M]: pixels (0 for the first member).
     """
@@ -46,8 +53,9 @@ class Index:
     shard: np.ndarray
     keys: np.ndarray
     paired: np.ndarray
-    text_tokens: np.ndarray
-    texts: np.ndarray
+    segments: np.ndarray
+    tokens: np.ndarray
+    flags: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
@@ -70,10 +78,11 @@ class Index:
         return self.shards[int(self.shard[uid])]
 
 
+STARTS = ("segments", "starts")
 ARRAYS = tuple(f.name for f in fields(Index) if f.name not in ("shards", "shard"))
 
 
-def build_index(folder: str | Path, tokenizer: Tokenizer, key: str = "data.path") -> Index:
+def build_index(folder: str | Path, tokenizer: Tokenizer, key: str = "data.path", chat: Chat = PLAIN_CHAT) -> Index:
     """The index of all `*.tar` of `folder`, in order of name; scans only what has no valid index yet.
 
     Args:
@@ -88,7 +97,7 @@ def build_index(folder: str | Path, tokenizer: Tokenizer, key: str = "data.path"
     shards = tuple(sorted(folder.glob("*.tar")))
     if not shards:
         raise ValueError(f"{key}={folder} holds no shards (*.tar). Name the folder that holds them directly.")
-    parts = [_shard_index(shard, tokenizer) for shard in shards]
+    parts = [_shard_index(shard, tokenizer, chat) for shard in shards]
     return joined(
         [
             Index((shard,), np.zeros(len(part["keys"]), np.int32), **part)
@@ -99,20 +108,20 @@ def build_index(folder: str | Path, tokenizer: Tokenizer, key: str = "data.path"
 
 def joined(parts: Sequence[Index]) -> Index:
     """The samples of `parts` one after the other, as one index."""
-    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS if name != "starts"}
-    counts = np.concatenate([np.diff(part.starts) for part in parts])
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS if name not in STARTS}
+    for name in STARTS:
+        arrays[name] = np.concatenate([[0], *(np.diff(getattr(part, name)) for part in parts)]).cumsum()
     firsts = np.cumsum([0, *(len(part.shards) for part in parts[:-1])], dtype=np.int32)
     return Index(
         shards=tuple(shard for part in parts for shard in part.shards),
         shard=np.concatenate([part.shard + first for part, first in zip(parts, firsts, strict=True)]),
-        starts=np.concatenate([[0], counts.cumsum()]),
         **arrays,
     )
 
 
-def _shard_index(shard: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def _shard_index(shard: Path, tokenizer: Tokenizer, chat: Chat) -> dict[str, np.ndarray]:
     """The arrays of one shard, from the file beside it if that is valid."""
-    path = shard.with_name(f"{shard.name}.{tokenizer.fingerprint}.idx.npz")
+    path = shard.with_name(".".join(filter(None, (shard.name, tokenizer.fingerprint, chat.fingerprint, "idx.npz"))))
     stat = shard.stat()
     stamp = np.array([stat.st_size, stat.st_mtime_ns])
     try:
@@ -121,7 +130,7 @@ def _shard_index(shard: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
                 return {name: saved[name] for name in ARRAYS}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         pass  # absent or damaged: scan again
-    arrays = _scan(shard, tokenizer)
+    arrays = _scan(shard, tokenizer, chat)
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, stamp=stamp, **arrays)
@@ -130,29 +139,29 @@ def _shard_index(shard: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _scan(shard: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    keys, paired, text_tokens, texts, counts, members = [], [], [], [], [], []
+def _scan(shard: Path, tokenizer: Tokenizer, chat: Chat) -> dict[str, np.ndarray]:
+    keys, paired, segments, counts, members = [], [], [], [], []
     with shard.open("rb") as file:
         for key, found in _samples(shard, file).items():
             try:
-                segments, is_pair, ordered = _parse(file, found)
+                parsed, is_pair, ordered = _parse(file, found, tokenizer, chat)
                 sizes = [_image_size(file, member) for member in ordered[1:]]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{shard}, sample {key!r} is not a document: {_reason(error)}") from error
-            tokens = [len(tokenizer.encode(text)) for text in segments]
             keys.append(key.encode())
             paired.append(is_pair)
-            text_tokens.append(sum(tokens))
-            texts.append(len(tokens))
+            segments.append(parsed)
             counts.append(len(ordered))
             members += [(*member, *size) for member, size in zip(ordered, [(0, 0), *sizes], strict=True)]
     table = np.array(members, dtype=np.int64).reshape(-1, 4)
+    all_segments = [segment for parsed in segments for segment in parsed]
     return {
         "keys": np.array(keys, dtype=bytes),
         "paired": np.array(paired, dtype=bool),
-        "text_tokens": np.array(text_tokens, dtype=np.int64),
-        "texts": np.array(texts, dtype=np.int32),
-        "starts": np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        "segments": np.array([0, *map(len, segments)], dtype=np.int64).cumsum(),
+        "tokens": np.array([len(s.ids) if isinstance(s, TextSegment) else -1 for s in all_segments], dtype=np.int32),
+        "flags": np.array([LOSS * s.loss + ENDS * getattr(s, "ends", False) for s in all_segments], dtype=np.int8),
+        "starts": np.array([0, *counts], dtype=np.int64).cumsum(),
         "offsets": table[:, 0],
         "sizes": table[:, 1],
         "heights": table[:, 2].astype(np.int32),
@@ -191,24 +200,24 @@ def _samples(shard: Path, file: BinaryIO) -> dict[str, dict[str, Member]]:
     return samples
 
 
-def _parse(file: BinaryIO, found: dict[str, Member]) -> tuple[list[str], bool, list[Member]]:
-    """Texts of one sample, whether it is a loose pair, and its members: document or caption first, then the images."""
+def _parse(
+    file: BinaryIO, found: dict[str, Member], tokenizer: Tokenizer, chat: Chat
+) -> tuple[tuple[Parsed, ...], bool, list[Member]]:
+    """Segments of one sample, whether it is a loose pair, and its members: document or caption first, then images."""
     if "json" in found:
         document = json.loads(_content(file, found["json"]))
         if isinstance(document, dict) and "segments" in document:
-            segments = document["segments"]
-            texts = [segment["text"] for segment in segments if segment["type"] == "text"]
-            names = [segment["file"] for segment in segments if segment["type"] == "image"]
-            if len(texts) + len(names) != len(segments):
-                raise ValueError("its json has a segment whose type is neither 'text' nor 'image'.")
+            segments = parse_document(document, tokenizer, chat)
+            names = [segment.file for segment in segments if isinstance(segment, Picture)]
             if missing := [name for name in names if name not in found]:
                 raise ValueError(f"its json names {missing[0]!r}, which the shard does not hold. Write it again.")
-            return texts, False, [found["json"], *(found[name] for name in names)]
+            return segments, False, [found["json"], *(found[name] for name in names)]
     captions = [found[suffix] for suffix in CAPTION_SUFFIXES if suffix in found]
     images = [found[suffix] for suffix in IMAGE_SUFFIXES if suffix in found]
     if len(captions) != 1 or len(images) != 1:
         raise ValueError("it is neither a json with segments nor one caption (.txt) with one image (.png, .jpg).")
-    return [_content(file, captions[0]).decode()], True, [captions[0], images[0]]
+    caption = TextSegment(tokenizer.encode(_content(file, captions[0]).decode()))
+    return (caption, Picture("")), True, [captions[0], images[0]]
 
 
 def _reason(error: Exception) -> str:
@@ -231,4 +240,5 @@ def _image_size(file: BinaryIO, member: Member) -> tuple[int, int]:
 
 if __name__ == "__main__":
     index = build_index(sys.argv[1], load_tokenizer((sys.argv[2:] or ["bytes"])[0]))
-    print(f"{len(index)} samples, {int(index.text_tokens.sum())} text tokens, {int(index.images.sum())} images")
+    tokens = int(index.tokens.clip(min=0).sum())
+    print(f"{len(index)} samples, {tokens} text tokens, {int(index.images.sum())} images")

@@ -22,7 +22,7 @@ def pack(
 ) -> PackedBatch:
     """One micro-batch from `rows` of documents, each row at most `seq_length` positions in all.
 
-    Positions restart at 0 in each document. Padding behind the last one has token `pad`, the mask's padding, position,
+    Positions are each document's own. Padding behind the last one has token `pad`, the mask's padding, position,
     dropout key and kind 0, and each field's fill.
 
     Args:
@@ -42,7 +42,7 @@ def pack(
             assert end <= seq_length, f"row {row} overflows at document {document.uid}"
             span = slice(start, end)
             tokens[row, span] = document.tokens
-            meta[row, 3, span] = np.arange(end - start)
+            meta[row, 3, span] = np.arange(end - start) if document.positions is None else document.positions
             meta[row, 4, span] = key
             for name, value in values.items():
                 value[row, span] = document.fields[name]

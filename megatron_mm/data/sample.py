@@ -8,11 +8,14 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from megatron_mm.config.model import ImageConfig
+from megatron_mm.data.chat import PLAIN_CHAT, Chat
+from megatron_mm.data.document import Picture, parse_document
 from megatron_mm.data.image_codec import ImageCodec, square_pixels
 from megatron_mm.data.index import Index
 from megatron_mm.data.tokenizer import Tokenizer
@@ -35,8 +38,9 @@ class SampleReader:
         codec: ImageCodec,
         pixels: ImageConfig | None = None,
         tasks: Sequence[tuple[int, str]] = ((0, "auto"),),
+        chat: Chat = PLAIN_CHAT,
     ):
-        self.index, self.tokenizer, self.codec, self.pixels = index, tokenizer, codec, pixels
+        self.index, self.tokenizer, self.codec, self.pixels, self.chat = index, tokenizer, codec, pixels, chat
         self._firsts, self._tasks = zip(*tasks, strict=True)
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
 
@@ -61,19 +65,16 @@ class SampleReader:
 
     def _segments(self, head: bytes, images: list[bytes], paired: bool) -> tuple[tuple[Segment, ...], dict]:
         if paired:
-            return (self._text(head.decode()), self._image(images[0])), {}
+            return (TextSegment(self.tokenizer.encode(head.decode())), self._image(images[0], True)), {}
         document, pictures = json.loads(head), iter(images)
+        parsed = parse_document(document, self.tokenizer, self.chat)
         segments = tuple(
-            self._text(segment["text"]) if segment["type"] == "text" else self._image(next(pictures))
-            for segment in document["segments"]
+            self._image(next(pictures), segment.loss) if isinstance(segment, Picture) else segment for segment in parsed
         )
         return segments, document.get("meta", {})
 
-    def _text(self, text: str) -> TextSegment:
-        return TextSegment(self.tokenizer.encode(text))
-
-    def _image(self, content: bytes) -> ImageSegment:
-        return read_image(Image.open(io.BytesIO(content)), self.codec, self.pixels)
+    def _image(self, content: bytes, loss: bool) -> ImageSegment:
+        return replace(read_image(Image.open(io.BytesIO(content)), self.codec, self.pixels), loss=loss)
 
 
 def read_image(image: Image.Image, codec: ImageCodec, pixels: ImageConfig | None) -> ImageSegment:

@@ -1,7 +1,7 @@
 """Writes webdataset shards: plain tar files that any webdataset reader opens.
 
-A sample is KEY.json = {"segments": [{"type": "text", "text": ...} | {"type": "image", "file": "0.png"}, ...], "meta":
-{...}} with its images KEY.0.png, KEY.1.png, ... Shards carry no timestamps: equal records give equal bytes.
+A sample is KEY.json, as `megatron_mm.data.document` reads it, with its images KEY.0.png, KEY.1.png, ... Shards carry no
+timestamps: equal records give equal bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from webdataset import ShardWriter
 
 @dataclass(frozen=True)
 class Record:
-    """A document to write. `segments` in reading order: text (str), a picture, or an encoded picture file (bytes)."""
+    """A document to write. `segments` in reading order: text (str), a picture, or an encoded picture file (bytes);
+    `roles` of a conversation: who says each of them."""
 
     key: str
     segments: tuple[str | bytes | Image.Image, ...]
     meta: dict = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
 
 
 def write_shards(folder: Path, records: Iterable[Record], samples_per_shard: int = 10000) -> int:
@@ -68,6 +70,8 @@ def _members(record: Record) -> dict:
             name = f"{len(members)}.{suffix}"
             members[name] = content
             segments.append({"type": "image", "file": name})
+    for segment, role in zip(segments, record.roles, strict=bool(record.roles)):
+        segment["role"] = role
     document = {"segments": segments, "meta": record.meta}
     return {"__key__": record.key, "json": json.dumps(document, ensure_ascii=False).encode(), **members}
 

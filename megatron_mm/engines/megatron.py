@@ -20,6 +20,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config.compose import Config
 from megatron_mm.config.schema import FusionConfig, ParallelConfig
+from megatron_mm.documents.builder import counts
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn import attention, fusion
@@ -90,7 +92,7 @@ def select_parts(config: Config, family: Family, device: torch.device) -> Parts:
         ValueError: what was asked for cannot run here.
     """
     backend, why = attention.select(
-        config.attention.backend, device, config.train.dtype, family.causal, family.trunk.head_dim,
+        config.attention.backend, device, config.train.dtype, MaskTraits.of(family).causal, family.trunk.head_dim,
         spread=config.parallel.context_parallel_size > 1,
     )  # fmt: skip
     fused, parts = fusion.select(config.fusion, device)
@@ -107,8 +109,9 @@ def build_chunks(
     if layout.rank == 0:
         for reason in parts.reasons:
             logger.info(reason)
+    hides_keys = MaskTraits.of(family).hides_keys
     core = transformer_config(
-        family.trunk, parts.parallel, config.train, parts.attention, family.hides_keys, parts.fusion, config.lora
+        family.trunk, parts.parallel, config.train, parts.attention, hides_keys, parts.fusion, config.lora
     )
     chunks = []
     for stage in range(layout.virtual_stages):
@@ -162,7 +165,9 @@ class MegatronEngine:
     def prepare(self, batch: PackedBatch) -> MicroBatch:
         """What the host has to do for a micro-batch before its step; may run in a thread."""
         pairs = sum(area(row) for row in batch.mask.numpy()) if self.device.type != "cpu" else 0
-        return MicroBatch(self.context.part(batch, self.device), self.family.counts(batch), batch.real_tokens, pairs)
+        return MicroBatch(
+            self.context.part(batch, self.device), counts(self.family.terms, batch), batch.real_tokens, pairs
+        )
 
     def step(self, batches: list[MicroBatch], stop: Callable[[], bool] = bool) -> StepMetrics:
         """One optimizer step over this rank's micro-batches of the global batch.

@@ -7,69 +7,45 @@ Loss = cross-entropy + z_loss_weight * (log Z)^2, both over every next token, wi
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
-from megatron_mm.config.model import ChameleonConfig, TrunkConfig, VocabularyConfig
+from megatron_mm.config.model import ChameleonConfig
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, open_end, prompt_end, token_sequence
-from megatron_mm.families.tokens import TokenFront, image_ids
-from megatron_mm.mask import causal
+from megatron_mm.data.shape import ImagePart, Shape
+from megatron_mm.documents.builder import ONE_HEAD, Draft
+from megatron_mm.documents.choices import Choices, drawing_all
+from megatron_mm.documents.spans import Items, Role, Span, in_order, special, text
+from megatron_mm.documents.vocabulary import Vocabulary
+from megatron_mm.families.base import LossSums
+from megatron_mm.families.tokens import TokenBack, TokenFront, image_codes
 from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.types import BACK, IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import LossTerm, PackedBatch
 
 
 class Chameleon:
-    """See `Family`. Field of a batch: labels int64 [B, S]."""
+    """See `Family`."""
 
     name = "chameleon"
-    causal = True
-    hides_keys = False
     pixels = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
-        self.config = config
-        self.trunk = config.trunk
-        self.vocab = _vocabulary(config, text_vocab_size)
-        self.image_codes = config.image_codes
-        self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight))
-        self.fields = {"labels": FieldSpec("int64", (), IGNORE, (BACK,))}
+        self.config, self.trunk, self.image_codes = config, config.trunk, config.image_codes
+        self.vocab = Vocabulary.of(config.vocabulary, text_vocab_size, config.image_codes, config.vocab_size)
+        self.terms: tuple[LossTerm, ...] = (LossTerm("ce", 1.0), LossTerm("z", config.z_loss_weight, over="ce"))
+        self.fields = ONE_HEAD
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes in an image."""
-        return self.config.image.height, self.config.image.width
+    def choices(self, shape: Shape) -> Choices:
+        return drawing_all(shape, 1 - self.config.image_first, self.config.condition_dropout)
 
-    def length(self, text_tokens: int, texts: int, images: int) -> int:
-        """Positions of a document; with condition dropout it may turn out shorter."""
-        return 2 + text_tokens + images * (2 + self.config.image.height * self.config.image.width)
+    def spans(self, shape: Shape) -> Items:
+        end = special(self.vocab.eos, Role.NEXT, "ce")
+        return in_order(shape, self.vocab, lambda part: text(part, self.vocab, "ce"), self._image, [end])
 
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return 0.0
-
-    def lay_out(self, sample: Sample, streams: Streams) -> Document:
-        """See `Family.lay_out`.
-
-        Raises:
-            ValueError: an image is not a grid of codes of the configured size and range.
-        """
-        arrangement = arrange(sample, streams, 1 - self.config.image_first, self.config.condition_dropout)
-        tokens, images = self._sequence(sample, arrangement.segments)
-        labels = next_token_labels(tokens)
-        labels[: max(prompt_end(sample, lambda given: self._sequence(sample, given)[0]) - 1, 0)] = IGNORE
-        return Document(sample.uid, tokens, causal(len(tokens)), {"labels": labels}, images)
-
-    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
-        """See `Family.lay_out_prompt`; raises as `lay_out` does."""
-        tokens, images = self._sequence(sample, sample.segments)
-        tokens = open_end(tokens, self.vocab, open_image)
-        return Document(sample.uid, tokens, causal(len(tokens)), {}, images)
-
-    def counts(self, batch: PackedBatch) -> dict[str, int]:
-        labels = int((batch.fields["labels"] != IGNORE).sum())
-        return {"ce": labels, "z": labels}
+    def fill(self, draft: Draft, streams: Streams) -> None:
+        for place, segment in draft.images():
+            codes = image_codes(draft.sample, segment, self.config.image, self.image_codes)
+            draft.write(place.at, codes + self.vocab.image_start)
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)
@@ -77,28 +53,14 @@ class Chameleon:
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return ChameleonBack(self.trunk, self.vocab, ops)
 
-    def _sequence(self, sample: Sample, segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
-        image = self.config.image
-        return token_sequence(segments, self.vocab, lambda segment: image_ids(sample, segment, image, self.vocab))
+    def _image(self, part: ImagePart) -> Items:
+        role, grid = Role.next_if(part.drawn), (part.height, part.width)
+        codes = Span(part.height * part.width, None, part.source, role, "ce", grid)
+        return [special(self.vocab.boi, Role.next_if(part.loss), "ce"), codes, special(self.vocab.eoi, role, "ce")]
 
 
-def _vocabulary(config: ChameleonConfig, text_vocab_size: int) -> Vocabulary:
-    if config.vocabulary == VocabularyConfig():
-        return Vocabulary.after_text(text_vocab_size, config.image_codes, config.vocab_size)
-    return Vocabulary.at(config.vocabulary, text_vocab_size, config.image_codes, config.vocab_size)
-
-
-class ChameleonBack(nn.Module):
+class ChameleonBack(TokenBack):
     """(hidden [B, S, D], PackedBatch) -> sums of cross-entropy and squared log Z."""
-
-    def __init__(self, trunk: TrunkConfig, vocab: Vocabulary, ops: ParallelOps) -> None:
-        super().__init__()
-        self.ops = ops
-        self.head = ops.vocab_head(trunk.hidden_size, vocab.size, trunk.head_bias)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the logits [B, S, V / TP]."""
-        return self.head(hidden)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         cross_entropy, log_z = self.head.cross_entropy(hidden, batch.fields["labels"])

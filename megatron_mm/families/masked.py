@@ -1,58 +1,68 @@
-"""What Show-o and MMaDA share: text and image codes in one vocabulary, some of them masked, and three objectives."""
+"""What Show-o and MMaDA share: text and image codes in one vocabulary, some of them masked, and their objectives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from megatron_mm.config.masked import MaskedConfig, MaskedVocabularyConfig
+from megatron_mm.config.masked import MaskedConfig
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import task_sequence
-from megatron_mm.families.tokens import TokenFront, image_ids
+from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.masking import mask_image
+from megatron_mm.data.shape import ImagePart
+from megatron_mm.documents.builder import Draft
+from megatron_mm.documents.spans import Block, Items, Role, Span, special
+from megatron_mm.documents.vocabulary import Vocabulary
+from megatron_mm.families.base import LossSums
+from megatron_mm.families.tokens import TokenBack, TokenFront, image_codes
 from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.types import BACK, FieldSpec, LossTerm, PackedBatch, Sample, Segment
+from megatron_mm.types import LossTerm, PackedBatch
 
-T2I, LM, MMU = range(3)
-"""Numbers of the loss terms: masked image codes, text alone, text that has images to go by."""
-NO_TERM = -1
-TERM = FieldSpec("int8", (), NO_TERM, (BACK,))
+T2I, LM, MMU, CHAT = "t2i", "lm", "mmu", "chat"
+"""Loss terms: masked image codes, text alone, text that has images to go by, answers of text to text."""
+
+ConfigT = TypeVar("ConfigT", bound=MaskedConfig)
 
 
-class MaskedFamily:
+class MaskedFamily(Generic[ConfigT]):
     """The parts of `Family` that both have. Ids are those of `model.vocabulary`, or else text, specials, T2I, MMU,
     MASK, image codes."""
 
-    causal = False
-    hides_keys = False
     pixels = None
 
-    def __init__(self, config: MaskedConfig, text_vocab_size: int) -> None:
-        self.trunk, self.image, self.image_codes = config.trunk, config.image, config.image_codes
-        codes, size = config.image_codes, config.vocab_size
-        self.vocab = (
-            Vocabulary.after_text(text_vocab_size, codes, size, ("t2i", "mmu", "mask"))
-            if config.vocabulary == MaskedVocabularyConfig()
-            else Vocabulary.at(config.vocabulary, text_vocab_size, codes, size)
+    def __init__(self, config: ConfigT, text_vocab_size: int) -> None:
+        self.config, self.trunk, self.image_codes = config, config.trunk, config.image_codes
+        self.vocab = Vocabulary.of(
+            config.vocabulary, text_vocab_size, config.image_codes, config.vocab_size, ("t2i", "mmu", "mask")
         )
-        weights = {"t2i": config.t2i_weight, "lm": config.lm_weight, "mmu": config.mmu_weight}
-        self.terms: tuple[LossTerm, ...] = tuple(LossTerm(name, weight) for name, weight in weights.items())
+        self.terms: tuple[LossTerm, ...] = tuple(LossTerm(name, weight) for name, weight in self.weights().items())
+
+    def weights(self) -> dict[str, float]:
+        """Of the loss terms."""
+        return {T2I: self.config.t2i_weight, LM: self.config.lm_weight, MMU: self.config.mmu_weight}
 
     @property
     def mask_id(self) -> int:
         """The token that stands for any other."""
         return self.vocab.special["mask"]
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes in an image."""
-        return self.image.height, self.image.width
+    def image(self, part: ImagePart, boi: Role = Role.GIVEN, term: str = "") -> Items:
+        """BOI, codes and EOI, which see each other; codes that are drawn are masked in place."""
+        role, grid = Role.IN_PLACE if part.drawn else Role.GIVEN, (part.height, part.width)
+        codes = Span(part.height * part.width, None, part.source, role, T2I, grid)
+        return [Block((special(self.vocab.boi, boi, term), codes, special(self.vocab.eoi)))]
 
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return 0.0
+    def fill(self, draft: Draft, streams: Streams) -> None:
+        for number, (place, segment) in enumerate(draft.images()):
+            codes = image_codes(draft.sample, segment, self.config.image, self.image_codes)
+            draft.write(place.at, codes + self.vocab.image_start)
+            if place.span.role is Role.IN_PLACE:
+                hidden = mask_image(codes.size, streams.generator("mask", number))
+                draft.mask(np.arange(place.first, place.end), hidden, self.mask_id)
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return TokenFront(self.trunk.hidden_size, self.vocab, ops)
@@ -60,40 +70,14 @@ class MaskedFamily:
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return MaskedBack(self.trunk, self.vocab, [term.name for term in self.terms], ops)
 
-    def sequence(self, sample: Sample, task: str, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """See `task_sequence`.
 
-        Raises:
-            ValueError: an image is not a grid of codes of the configured size and range.
-        """
-        return task_sequence(
-            task, segments, self.vocab, lambda segment: image_ids(sample, segment, self.image, self.vocab)
-        )
-
-    def positions(self, text_tokens: int, texts: int, images: int) -> int:
-        """Those of a document that leaves nothing out."""
-        names_task = images == 1
-        return 2 + names_task + text_tokens + images * (2 + self.image.height * self.image.width)
-
-    def count(self, terms: torch.Tensor) -> dict[str, int]:
-        """How many positions have each term's number: int8 [B, S]."""
-        return {term.name: int((terms == number).sum()) for number, term in enumerate(self.terms)}
-
-
-class MaskedBack(nn.Module):
-    """(hidden [B, S, D], PackedBatch) -> for each term the sum of cross-entropies at the positions that are its own.
-
-    Fields: labels int64 [B, S], term int8 [B, S] (its number), and weight [B, S] where the family has one.
-    """
+class MaskedBack(TokenBack):
+    """(hidden [B, S, D], PackedBatch) -> for each term the sum of cross-entropies at the positions that are its own,
+    weighted where the family has a field weight [B, S]."""
 
     def __init__(self, trunk: TrunkConfig, vocab: Vocabulary, terms: Sequence[str], ops: ParallelOps) -> None:
-        super().__init__()
-        self.ops, self.terms = ops, tuple(terms)
-        self.head = ops.vocab_head(trunk.hidden_size, vocab.size, trunk.head_bias)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the logits [B, S, V / TP]."""
-        return self.head(hidden)
+        super().__init__(trunk, vocab, ops)
+        self.terms = tuple(terms)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         loss, _ = self.head.cross_entropy(hidden, batch.fields["labels"])

@@ -1,4 +1,4 @@
-"""What families share whose images are patch vectors of latents or pixels."""
+"""What families share whose images are patch vectors of latents, or of the pixels that a vision encoder reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.model import ImageConfig, TransfusionConfig
-from megatron_mm.types import ImageSegment, Sample, Segment
+from megatron_mm.data.shape import ImagePart
+from megatron_mm.types import ImageSegment, Sample
 
 
 class PatchGrid:
@@ -19,26 +20,23 @@ class PatchGrid:
         """P: numbers in a patch vector."""
         return self.config.image.channels * self.config.patch_size**2
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches in an image."""
-        return self.config.image.height // self.config.patch_size, self.config.image.width // self.config.patch_size
+    def grid(self, part: ImagePart | ImageConfig) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        return part.height // self.config.patch_size, part.width // self.config.patch_size
 
 
-def images_of(sample: Sample, segments: tuple[Segment, ...], image: ImageConfig) -> list[np.ndarray]:
-    """The images among `segments`, each float32 [C, H, W].
+def latents_of(sample: Sample, segment: ImageSegment, image: ImageConfig) -> np.ndarray:
+    """An image's latents (or pixels), float32 [C, H, W].
 
     Raises:
-        ValueError: one is not of the configured size.
+        ValueError: it is not of the configured size.
     """
-    found = [segment.data for segment in segments if isinstance(segment, ImageSegment)]
-    for data in found:
-        if data.shape != (image.channels, image.height, image.width):
-            raise ValueError(
-                f"Sample {sample.key!r} has an image of shape {list(data.shape)}, but model.image says "
-                f"[{image.channels}, {image.height}, {image.width}]. Change model.image or the shards."
-            )
-    return found
+    if segment.data.shape != (image.channels, image.height, image.width):
+        raise ValueError(
+            f"Sample {sample.key!r} has an image of shape {list(segment.data.shape)}, but model.image says "
+            f"[{image.channels}, {image.height}, {image.width}]. Change model.image or the shards."
+        )
+    return segment.data
 
 
 def pixels_of(sample: Sample, segment: ImageSegment, side: int) -> np.ndarray:

@@ -8,11 +8,15 @@ are fused; before them stands the embedding of the image's time. They see each o
 else is causal. Behind the trunk, the flow head predicts the velocity of every patch of a noised image. Images that are
 only looked at are clean, at time 1, and have no such loss.
 
-Where the paper is silent: captions of images to be drawn have no loss; of an interleaved document an image that ends it
-is noised, all others are clean.
+Where the paper is silent: captions of images to be drawn have no loss; an image that ends an interleaved document is
+noised, all others are clean. With `clean_context` (as in BAGEL, arXiv 2505.14683) each of its images that is
+learnt stands there twice: noised, and behind that, at the same positions, clean, which is what the rest sees. That
+costs an image's positions once more, its time's among them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,134 +24,95 @@ from torch import nn
 
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import (
-    drop_condition,
-    in_task_order,
-    next_token_labels,
-    open_end,
-    prompt_end,
-    task_of,
-    token_sequence,
-)
-from megatron_mm.families.patches import PatchGrid, images_of
-from megatron_mm.mask import with_spans
+from megatron_mm.data.shape import ImagePart, Shape
+from megatron_mm.documents.builder import PREDICTED, Draft
+from megatron_mm.documents.choices import Choices, drawing_all, drawing_one
+from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
+from megatron_mm.documents.vocabulary import Vocabulary
+from megatron_mm.families.base import LossSums
+from megatron_mm.families.patches import PatchGrid, latents_of
+from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.flow import UNIT, FlowTimes, interpolate
 from megatron_mm.nn.flow_head import FlowHead, Fusion, SemanticLayers
 from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import TimestepEmbedding, patchify
 from megatron_mm.nn.siglip import siglip
-from megatron_mm.types import (
-    BACK,
-    FRONT,
-    IGNORE,
-    Document,
-    FieldSpec,
-    ImageSegment,
-    LossTerm,
-    PackedBatch,
-    Sample,
-    Segment,
-)
+from megatron_mm.types import BACK, FRONT, IGNORE, FieldSpec, LossTerm, PackedBatch
 
+IMAGE = 1
+"""Number of the image's loss term."""
 NO_TIME = -1
 """Time of a position that has none."""
 
 
 class ShowoFlow(PatchGrid):
-    """See `Family`. Fields of a batch:
+    """See `Family`. Fields of a batch besides the builder's:
 
     patches [B, S, P]: x_t as patch vectors; velocity [B, S, P]: x_1 - x_0; time int32 [B, S] of patches, in millionths,
-    and clock int32 [B, S] of the position before them, -1 elsewhere; labels int64 [B, S].
+    and clock int32 [B, S] of the position before them, -1 elsewhere.
     """
 
     name = "showo_flow"
-    causal = False
-    hides_keys = False
     image_codes = 0
     pixels = None
 
     config: ShowoFlowConfig
 
     def __init__(self, config: ShowoFlowConfig, text_vocab_size: int) -> None:
-        self.config = config
-        self.trunk = config.trunk
+        self.config, self.trunk = config, config.trunk
         self.vocab = Vocabulary.after_text(text_vocab_size)
-        self.times = FlowTimes(self.grid[0] * self.grid[1], config.time_shift)
+        h, w = self.grid(config.image)
+        self.times = FlowTimes(h * w, config.time_shift)
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", config.ntp_weight), LossTerm("image", config.flow_weight))
-        self.fields = {
+        self.fields = PREDICTED | {
             "patches": FieldSpec("float32", (self.patch_dim,), 0.0, (FRONT,)),
             "velocity": FieldSpec("float32", (self.patch_dim,), 0.0, (BACK,)),
             "time": FieldSpec("int32", (), NO_TIME, (FRONT, BACK)),
             "clock": FieldSpec("int32", (), NO_TIME, (FRONT,)),
-            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
         }
 
-    def length(self, text_tokens: int, texts: int, images: int) -> int:
-        """Positions of a document; one without its caption turns out shorter."""
-        h, w = self.grid
-        return 2 + text_tokens + images * (3 + h * w)
+    def choices(self, shape: Shape) -> Choices:
+        if self.config.clean_context and not shape.pair:
+            return drawing_all(shape, 1.0, self.config.condition_dropout)
+        return drawing_one(shape, self.config.generation_share, self.config.condition_dropout)
 
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return float(images)
+    def spans(self, shape: Shape) -> Items:
+        def image(part: ImagePart) -> Items:
+            boi = Role.next_if(part.loss and not shape.draws and not shape.reads)
+            followed = part is not shape.parts[-1]
+            return [special(self.vocab.boi, boi, "text"), *self._image(part, followed), special(self.vocab.eoi)]
 
-    def lay_out(self, sample: Sample, streams: Streams) -> Document:
-        """See `Family.lay_out`.
+        end = special(self.vocab.eos, Role.next_if(shape.learns_text), "text")
+        return in_order(shape, self.vocab, lambda part: text(part, self.vocab, "text"), image, [end])
 
-        Raises:
-            ValueError: an image is not of the configured size.
-        """
-        task = task_of(sample, streams, self.config.generation_share)
-        segments = in_task_order(drop_condition(sample.segments, task, streams, self.config.condition_dropout), task)
-        draws = task != "understanding" and isinstance(segments[-1], ImageSegment)
-        tokens, images, fields = self._sequence(sample, segments, streams if draws else None)
-        labels = next_token_labels(tokens)
-        for first, h, w in images.tolist():
-            labels[first - 2 : first + h * w] = IGNORE
-        labels[: max(prompt_end(sample, lambda given: self._sequence(sample, given, None)[0]) - 1, 0)] = IGNORE
-        if task == "generation":
-            labels[:] = IGNORE
-        return Document(sample.uid, tokens, _mask(len(tokens), images), {**fields, "labels": labels}, images, images)
-
-    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
-        """See `Family.lay_out_prompt`: images are clean. Raises as `lay_out` does."""
-        tokens, images, fields = self._sequence(sample, sample.segments, None)
-        tokens = open_end(tokens, self.vocab, open_image)
-        fields = {name: fields[name][: len(tokens)] for name in ("patches", "time", "clock")}
-        return Document(sample.uid, tokens, _mask(len(tokens), images), fields, images, images)
-
-    def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return {
-            "text": int((batch.fields["labels"] != IGNORE).sum()),
-            "image": int(_noised(batch.fields["time"]).sum()),
-        }
+    def fill(self, draft: Draft, streams: Streams) -> None:
+        for number, (place, segment) in enumerate(draft.images()):
+            x1 = latents_of(draft.sample, segment, self.config.image)
+            time, x0 = UNIT, x1
+            if place.span.role is Role.IN_PLACE:
+                time = self.times.draw(streams.generator("time", number))
+                x0 = streams.generator("noise", number).standard_normal(x1.shape, dtype=np.float32)
+                draft.fields["velocity"][place.at] = patchify(x1 - x0, self.config.patch_size)
+            draft.fields["patches"][place.at] = patchify(interpolate(x1, x0, time), self.config.patch_size)
+            draft.fields["time"][place.at] = draft.fields["clock"][place.first - 1] = time
+            draft.targets[place.at] = IGNORE
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
-        return ShowoFlowFront(self.config, self.vocab, self.patch_dim, self.grid, ops)
+        return ShowoFlowFront(self.config, self.vocab, self.patch_dim, self.grid(self.config.image), ops)
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return ShowoFlowBack(self.config, self.vocab, self.patch_dim, ops)
 
-    def _sequence(
-        self, sample: Sample, segments: tuple[Segment, ...], noise: Streams | None
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Tokens, images and the fields of patches; `noise` draws that of the last image, the others are clean."""
-        clock = [self.vocab.pad]
-        tokens, images = token_sequence(segments, self.vocab, lambda _: np.full(self.grid, self.vocab.pad), clock)
-        patches, velocity = np.zeros((2, len(tokens), self.patch_dim), dtype=np.float32)
-        times, clocks = np.full((2, len(tokens)), NO_TIME, dtype=np.int32)
-        latents = images_of(sample, segments, self.config.image)
-        for number, ((first, h, w), x1) in enumerate(zip(images.tolist(), latents, strict=True)):
-            time, x0 = UNIT, x1
-            if noise is not None and number == len(latents) - 1:
-                time = self.times.draw(noise.generator("time"))
-                x0 = noise.generator("noise").standard_normal(x1.shape, dtype=np.float32)
-            where = slice(first, first + h * w)
-            patches[where] = patchify(interpolate(x1, x0, time), self.config.patch_size)
-            velocity[where] = patchify(x1 - x0, self.config.patch_size)
-            times[where] = clocks[first - 1] = time
-        return tokens, images, {"patches": patches, "velocity": velocity, "time": times, "clock": clocks}
+    def _image(self, part: ImagePart, followed: bool) -> Items:
+        h, w = self.grid(part)
+        image, time = Span(h * w, source=part.source, grid=(h, w), encoded=True), special(self.vocab.pad)
+        if not part.drawn:
+            return [Block((time, image))]
+        drawn = Block((time, replace(image, role=Role.IN_PLACE, term="image")))
+        if followed and self.config.clean_context:
+            return [replace(drawn, hidden=True), Block((replace(time, rewind=1 + h * w), image))]
+        return [drawn]
 
 
 class ShowoFlowFront(nn.Module):
@@ -178,19 +143,12 @@ class ShowoFlowFront(nn.Module):
         return torch.where((clock != NO_TIME)[..., None], self.time(clock / 1000), x)
 
 
-class ShowoFlowBack(nn.Module):
+class ShowoFlowBack(TokenBack):
     """(hidden [B, S, D], PackedBatch) -> sums of both losses; its parts serve sampling as well."""
 
     def __init__(self, config: ShowoFlowConfig, vocab: Vocabulary, patch_dim: int, ops: ParallelOps) -> None:
-        super().__init__()
-        hidden = config.trunk.hidden_size
-        self.ops = ops
-        self.head = ops.vocab_head(hidden, vocab.size, config.trunk.head_bias)
-        self.flow = FlowHead(hidden, config.flow_attention_heads, config.flow_layers, patch_dim)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the logits [B, S, V / TP]."""
-        return self.head(hidden)
+        super().__init__(config.trunk, vocab, ops)
+        self.flow = FlowHead(config.trunk.hidden_size, config.flow_attention_heads, config.flow_layers, patch_dim)
 
     def predict_velocity(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The velocity of every patch vector [B, S, P]; zero where there is no patch."""
@@ -198,16 +156,5 @@ class ShowoFlowBack(nn.Module):
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         text, _ = self.head.cross_entropy(hidden, batch.fields["labels"])
-        predicted = self.predict_velocity(hidden, batch)
-        precise = torch.promote_types(predicted.dtype, torch.float32)
-        error = (predicted.to(precise) - batch.fields["velocity"].to(precise)).square().mean(dim=-1)
-        return {"text": text.sum(), "image": torch.where(_noised(batch.fields["time"]), error, 0.0).sum()}
-
-
-def _noised(time: torch.Tensor) -> torch.Tensor:
-    return (time != NO_TIME) & (time < UNIT)
-
-
-def _mask(n: int, images: np.ndarray) -> np.ndarray:
-    """Causal, but for an image's time and patches, which see each other."""
-    return with_spans(n, [(first - 1, first + h * w) for first, h, w in images.tolist()])
+        predicted, noised = self.predict_velocity(hidden, batch), batch.fields["term"] == IMAGE
+        return {"text": text.sum(), "image": squared_error(predicted, batch.fields["velocity"], noised)}

@@ -9,9 +9,14 @@ loss = cross-entropy per text token + ddpm_weight * squared error per patch.
 Where the paper is silent: the timestep limit holds for pairs whose image comes first (as in the paper) and for no other
 document, although an interleaved document may describe an image in what follows; and EOI is not predicted, since an
 image's size is known and sampling appends it by rule.
+
+With `clean_context` (as in BAGEL, arXiv 2505.14683) what follows an image that is learnt sees it as sampling will: a
+clean copy stands behind the noised one, at the same positions, and hides it. It costs h * w positions an image.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,107 +24,72 @@ from torch import nn
 
 from megatron_mm.config.model import TransfusionConfig
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import arrange, next_token_labels, open_end, prompt_end, token_sequence
-from megatron_mm.families.patches import PatchGrid, images_of
-from megatron_mm.mask import with_spans
+from megatron_mm.data.shape import ImagePart, Shape
+from megatron_mm.documents.builder import PREDICTED, Draft
+from megatron_mm.documents.choices import Choices, drawing_all
+from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
+from megatron_mm.documents.vocabulary import Vocabulary
+from megatron_mm.families.base import LossSums
+from megatron_mm.families.patches import PatchGrid, latents_of
+from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import LinearPatchIn, LinearPatchOut, patchify
 from megatron_mm.nn.unet import UNetPatchIn, UNetPatchOut
-from megatron_mm.types import BACK, FRONT, IGNORE, Document, FieldSpec, LossTerm, PackedBatch, Sample
+from megatron_mm.types import BACK, FRONT, IGNORE, FieldSpec, LossTerm, PackedBatch
 
-CODECS = ("linear", "unet")
+IMAGE = 1
+"""Number of the image's loss term."""
 NO_PATCH = -1
 """Timestep of a position that holds no patch."""
+CLEAN, NOISED, LESS_NOISED = "clean", "noised", "noised up to image_first_max_timestep"
 
 
 class Transfusion(PatchGrid):
-    """See `Family`. Fields of a batch:
+    """See `Family`. Fields of a batch besides the builder's:
 
     patches [B, S, P]: x_t as patch vectors; noise [B, S, P]: the noise in it; timestep int32 [B, S], -1 where there is
-    no patch; labels int64 [B, S].
+    no patch.
     """
 
     name = "transfusion"
-    causal = False
-    hides_keys = False
     image_codes = 0
     pixels = None
 
     config: TransfusionConfig
 
     def __init__(self, config: TransfusionConfig, text_vocab_size: int) -> None:
-        _check(config)
-        self.config = config
-        self.whole_images = config.patch_codec == "unet"
-        self.trunk = config.trunk
+        self.config, self.trunk = config, config.trunk
         self.vocab = Vocabulary.after_text(text_vocab_size)
         self.schedule = DDPMSchedule(config.num_train_timesteps)
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", 1.0), LossTerm("image", config.ddpm_weight))
-        self.fields = {
+        self.fields = PREDICTED | {
             "patches": FieldSpec("float32", (self.patch_dim,), 0.0, (FRONT,)),
             "noise": FieldSpec("float32", (self.patch_dim,), 0.0, (BACK,)),
-            "timestep": FieldSpec("int32", (), NO_PATCH, (FRONT, BACK)),
-            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
+            "timestep": FieldSpec("int32", (), NO_PATCH, (FRONT,)),
         }
 
-    def length(self, text_tokens: int, texts: int, images: int) -> int:
-        """Positions of a document; with condition dropout it may turn out shorter."""
-        h, w = self.grid
-        return 2 + text_tokens + images * (2 + h * w)
+    def choices(self, shape: Shape) -> Choices:
+        return drawing_all(shape, self.config.caption_first, self.config.condition_dropout)
 
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return float(images if self.whole_images else 0)
+    def spans(self, shape: Shape) -> Items:
+        def image(part: ImagePart) -> Items:
+            return [special(boi, Role.next_if(part.loss), "text"), *self._image(part, shape), special(self.vocab.eoi)]
 
-    def lay_out(self, sample: Sample, streams: Streams) -> Document:
-        """See `Family.lay_out`.
+        boi, end = self.vocab.boi, special(self.vocab.eos, Role.NEXT, "text")
+        return in_order(shape, self.vocab, lambda part: text(part, self.vocab, "text"), image, [end])
 
-        Raises:
-            ValueError: an image is not of the configured size.
-        """
-        arrangement = arrange(sample, streams, self.config.caption_first, self.config.condition_dropout)
-        blank = lambda segment: np.full(self.grid, self.vocab.pad)  # noqa: E731
-        tokens, images = token_sequence(arrangement.segments, self.vocab, blank)
-        n = len(tokens)
-        patches, noise = np.zeros((2, n, self.patch_dim), dtype=np.float32)
-        timestep = np.full(n, NO_PATCH, dtype=np.int32)
-        spans = [(int(first), int(first + h * w)) for first, h, w in images]
-        latents = images_of(sample, arrangement.segments, self.config.image)
-        for i, ((first, end), x0) in enumerate(zip(spans, latents, strict=True)):
-            t = self._draw_timestep(streams, i, arrangement.image_first)
-            eps = streams.generator("noise", i).standard_normal(x0.shape, dtype=np.float32)
-            patches[first:end] = patchify(self.schedule.add_noise(x0, eps, t), self.config.patch_size)
-            noise[first:end] = patchify(eps, self.config.patch_size)
-            timestep[first:end] = t
-
-        labels = next_token_labels(tokens)
-        for first, end in spans:
-            labels[first - 1 : end] = IGNORE
-        given = prompt_end(sample, lambda segments: token_sequence(segments, self.vocab, blank)[0])
-        labels[: max(given - 1, 0)] = IGNORE
-        fields = {"patches": patches, "noise": noise, "timestep": timestep, "labels": labels}
-        return Document(sample.uid, tokens, with_spans(n, spans), fields, images, self._encoded(images))
-
-    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
-        """See `Family.lay_out_prompt`: images are clean, at timestep 0. Raises as `lay_out` does."""
-        tokens, images = token_sequence(sample.segments, self.vocab, lambda segment: np.full(self.grid, self.vocab.pad))
-        tokens = open_end(tokens, self.vocab, open_image)
-        patches = np.zeros((len(tokens), self.patch_dim), dtype=np.float32)
-        timestep = np.full(len(tokens), NO_PATCH, dtype=np.int32)
-        spans = [(int(first), int(first + h * w)) for first, h, w in images]
-        clean = images_of(sample, sample.segments, self.config.image)
-        for (first, end), x0 in zip(spans, clean, strict=True):
-            patches[first:end] = patchify(x0, self.config.patch_size)
-            timestep[first:end] = 0
-        fields = {"patches": patches, "timestep": timestep}
-        return Document(sample.uid, tokens, with_spans(len(tokens), spans), fields, images, self._encoded(images))
-
-    def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return {
-            "text": int((batch.fields["labels"] != IGNORE).sum()),
-            "image": int((batch.fields["timestep"] != NO_PATCH).sum()),
-        }
+    def fill(self, draft: Draft, streams: Streams) -> None:
+        for number, (place, segment) in enumerate(draft.images()):
+            x, t = latents_of(draft.sample, segment, self.config.image), 0
+            if place.span.reading != CLEAN:
+                t = self._draw_timestep(streams, number, place.span.reading)
+                noise = streams.generator("noise", number).standard_normal(x.shape, dtype=np.float32)
+                draft.fields["noise"][place.at] = patchify(noise, self.config.patch_size)
+                x = self.schedule.add_noise(x, noise, t)
+            draft.fields["patches"][place.at] = patchify(x, self.config.patch_size)
+            draft.fields["timestep"][place.at] = t
+            draft.targets[place.at] = IGNORE
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return TransfusionFront(self.config, self.vocab, self.patch_dim, ops)
@@ -127,13 +97,21 @@ class Transfusion(PatchGrid):
     def build_back(self, ops: ParallelOps) -> nn.Module:
         return TransfusionBack(self.config, self.vocab, self.patch_dim, ops)
 
-    def _encoded(self, images: np.ndarray) -> np.ndarray:
-        """What `Document.encoded` is: all images, or none."""
-        return images if self.whole_images else images[:0]
+    def _image(self, part: ImagePart, shape: Shape) -> Items:
+        h, w = self.grid(part)
+        image = Span(h * w, source=part.source, grid=(h, w), reading=CLEAN, encoded=self.config.patch_codec == "unet")
+        if not part.drawn:
+            return [Block((image,))]
+        followed = part is not shape.parts[-1]
+        limited = followed and len(shape.parts) == 2 and not self.config.clean_context
+        drawn = replace(image, role=Role.IN_PLACE, term="image", reading=LESS_NOISED if limited else NOISED)
+        if followed and self.config.clean_context:
+            return [Block((drawn,), hidden=True), Block((replace(image, rewind=h * w),))]
+        return [Block((drawn,))]
 
-    def _draw_timestep(self, streams: Streams, image: int, image_first: bool) -> int:
+    def _draw_timestep(self, streams: Streams, image: int, reading: str) -> int:
         end = self.config.num_train_timesteps
-        if image_first:
+        if reading == LESS_NOISED:
             end = min(end, self.config.image_first_max_timestep + 1)
         return int(streams.generator("timestep", image).integers(end))
 
@@ -157,23 +135,17 @@ class TransfusionFront(nn.Module):
         return torch.where((timestep != NO_PATCH)[..., None], image, self.embedding(batch.tokens))
 
 
-class TransfusionBack(nn.Module):
+class TransfusionBack(TokenBack):
     """(hidden [B, S, D], PackedBatch) -> sums of both losses; its parts serve sampling as well."""
 
     def __init__(self, config: TransfusionConfig, vocab: Vocabulary, patch_dim: int, ops: ParallelOps) -> None:
-        super().__init__()
+        super().__init__(config.trunk, vocab, ops)
         hidden = config.trunk.hidden_size
-        self.ops = ops
-        self.head = ops.vocab_head(hidden, vocab.size, config.trunk.head_bias)
         self.patch_out = (
             LinearPatchOut(hidden, patch_dim)
             if config.patch_codec == "linear"
             else UNetPatchOut(hidden, config.image.channels, config.patch_size, config.unet_channels)
         )
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the logits [B, S, V / TP]."""
-        return self.head(hidden)
 
     def predict_noise(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The noise in every patch vector [B, S, P]; meaningless where there is no patch."""
@@ -181,21 +153,8 @@ class TransfusionBack(nn.Module):
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         text, _ = self.head.cross_entropy(hidden, batch.fields["labels"])
-        predicted = self.predict_noise(hidden, batch)
-        precise = torch.promote_types(predicted.dtype, torch.float32)
-        error = (predicted.to(precise) - batch.fields["noise"].to(precise)).square().mean(dim=-1)
-        image = torch.where(batch.fields["timestep"] != NO_PATCH, error, 0.0)
-        return {"text": text.sum(), "image": image.sum()}
-
-
-def _check(config: TransfusionConfig) -> None:
-    if config.patch_codec not in CODECS:
-        raise ValueError(f"model.patch_codec={config.patch_codec} is unknown: use one of {', '.join(CODECS)}.")
-    p = config.patch_size
-    if p < 1 or config.image.height % p or config.image.width % p:
-        raise ValueError(
-            f"model.patch_size={p} must divide model.image.height={config.image.height} and "
-            f"model.image.width={config.image.width}."
-        )
-    if config.patch_codec == "unet" and p & (p - 1):
-        raise ValueError(f"model.patch_size={p} must be a power of two for model.patch_codec=unet.")
+        noised = batch.fields["term"] == IMAGE
+        return {
+            "text": text.sum(),
+            "image": squared_error(self.predict_noise(hidden, batch), batch.fields["noise"], noised),
+        }

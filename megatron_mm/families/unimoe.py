@@ -10,113 +10,69 @@ dense model a modality with adapters on its feed-forwards, and assembles these a
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
 from megatron_mm.config.unimoe import UniMoEConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import IMAGE
-from megatron_mm.families.base import LossSums, Vocabulary
-from megatron_mm.families.layout import in_task_order, next_token_labels, open_end, prompt_end, task_of, token_sequence
+from megatron_mm.data.shape import ImagePart, Shape
+from megatron_mm.documents.builder import ONE_HEAD, Draft
+from megatron_mm.documents.choices import Choices, drawing_one
+from megatron_mm.documents.spans import Items, Role, Span, in_order, special, text
+from megatron_mm.documents.vocabulary import Vocabulary
+from megatron_mm.families.base import LossSums
 from megatron_mm.families.patches import pixels_of
-from megatron_mm.mask import causal
+from megatron_mm.families.tokens import TokenBack
 from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.nn.patch import patchify
 from megatron_mm.nn.vision import VisionIn
-from megatron_mm.types import (
-    BACK,
-    FRONT,
-    IGNORE,
-    Document,
-    FieldSpec,
-    ImageSegment,
-    LossTerm,
-    PackedBatch,
-    Sample,
-    Segment,
-)
+from megatron_mm.types import FRONT, FieldSpec, LossTerm, PackedBatch
 
 
 class UniMoE:
-    """See `Family`. Fields of a batch:
-
-    pixels [B, S, 3 * p * p]: patch vectors of images; labels int64 [B, S]: next text tokens.
-    """
+    """See `Family`. Field of a batch besides the builder's: pixels [B, S, 3 * p * p], patch vectors of images."""
 
     name = "unimoe"
-    causal = True
-    hides_keys = False
+    image_codes = 0
 
     def __init__(self, config: UniMoEConfig, text_vocab_size: int) -> None:
-        self.config = config
-        self.trunk = config.trunk
+        self.config, self.trunk, self.pixels = config, config.trunk, config.image
         self.vocab = Vocabulary.after_text(text_vocab_size, size=config.vocab_size)
-        self.image_codes = 0
-        self.pixels = config.image
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", 1.0),)
-        self.fields = {
-            "pixels": FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0, (FRONT,)),
-            "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
-        }
+        patch = FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0, (FRONT,))
+        self.fields = ONE_HEAD | {"pixels": patch}
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of an image's patches."""
-        return self.config.encoder.side, self.config.encoder.side
-
-    def length(self, text_tokens: int, texts: int, images: int) -> int:
-        """Positions of a document."""
-        return 2 + text_tokens + images * (2 + self.config.encoder.side**2)
-
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return float(images)
-
-    def lay_out(self, sample: Sample, streams: Streams) -> Document:
-        """See `Family.lay_out`.
-
-        Raises:
-            ValueError: the sample is to teach generation, or an image's pixels are not of the encoder's size.
+    def choices(self, shape: Shape) -> Choices:
         """
-        task = task_of(sample, streams, generation_share=0.0)
-        if task == "generation":
-            raise ValueError(
-                f"Sample {sample.key!r} is to teach generation, but a unimoe model draws no images: give its source "
-                "task=understanding."
-            )
-        tokens, images, pixels = self._sequence(sample, in_task_order(sample.segments, task))
-        labels = next_token_labels(tokens)
-        for first, h, w in images:
-            labels[first - 2 : first + h * w] = IGNORE  # from the one before BOI, whose next token is BOI, to EOI
-        given = prompt_end(sample, lambda segments: self._sequence(sample, segments)[0])
-        labels[: max(given - 1, 0)] = IGNORE
-        return Document(sample.uid, tokens, causal(len(tokens)), {"pixels": pixels, "labels": labels}, images, images)
+        Raises:
+            ValueError: the sample is to teach generation.
+        """
+        if shape.task == "generation":
+            raise ValueError("a unimoe model draws no images: give its source task=understanding.")
+        return drawing_one(shape, generation_share=0.0, condition_dropout=0.0)[:1]
 
-    def lay_out_prompt(self, sample: Sample, open_image: bool = False) -> Document:
-        """See `Family.lay_out_prompt`; raises as `lay_out` does."""
-        tokens, images, pixels = self._sequence(sample, sample.segments)
-        tokens = open_end(tokens, self.vocab, open_image)
-        return Document(sample.uid, tokens, causal(len(tokens)), {"pixels": pixels[: len(tokens)]}, images, images)
+    def spans(self, shape: Shape) -> Items:
+        end = special(self.vocab.eos, Role.next_if(shape.learns_text), "text")
+        return in_order(shape, self.vocab, lambda part: text(part, self.vocab, "text"), self._image, [end])
 
-    def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return {"text": int((batch.fields["labels"] != IGNORE).sum())}
+    def fill(self, draft: Draft, streams: Streams) -> None:
+        encoder = self.config.encoder
+        for place, segment in draft.images():
+            pixels = pixels_of(draft.sample, segment, encoder.image_size)
+            draft.fields["pixels"][place.at] = patchify(pixels, encoder.patch_size)
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
         return UniMoEFront(self.config, self.vocab, ops)
 
     def build_back(self, ops: ParallelOps) -> nn.Module:
-        return UniMoEBack(self.config, self.vocab, ops)
+        return UniMoEBack(self.trunk, self.vocab, ops)
 
-    def _sequence(self, sample: Sample, segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and images of `token_sequence`, and the patches of each position."""
-        encoder = self.config.encoder
-        tokens, images = token_sequence(segments, self.vocab, lambda segment: np.full(self.grid, self.vocab.pad))
-        pixels = np.zeros((len(tokens), *self.fields["pixels"].shape), dtype=np.float32)
-        sources = [segment for segment in segments if isinstance(segment, ImageSegment)]
-        for (first, h, w), segment in zip(images, sources, strict=True):
-            pixels[first : first + h * w] = patchify(pixels_of(sample, segment, encoder.image_size), encoder.patch_size)
-        return tokens, images, pixels
+    def _image(self, part: ImagePart) -> Items:
+        side = self.config.encoder.side
+        image = Span(side * side, source=part.source, grid=(side, side), encoded=True)
+        return [special(self.vocab.boi), image, special(self.vocab.eoi)]
 
 
 class UniMoEFront(nn.Module):
@@ -133,17 +89,8 @@ class UniMoEFront(nn.Module):
         return torch.where((batch.meta[:, 5] == IMAGE)[..., None], seen, self.embedding(batch.tokens))
 
 
-class UniMoEBack(nn.Module):
+class UniMoEBack(TokenBack):
     """(hidden [B, S, D], PackedBatch) -> sum of cross-entropy."""
-
-    def __init__(self, config: UniMoEConfig, vocab: Vocabulary, ops: ParallelOps) -> None:
-        super().__init__()
-        self.ops = ops
-        self.head = ops.vocab_head(config.trunk.hidden_size, vocab.size, config.trunk.head_bias)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the logits [B, S, V / TP]."""
-        return self.head(hidden)
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
         return {"text": self.head.cross_entropy(hidden, batch.fields["labels"])[0].sum()}

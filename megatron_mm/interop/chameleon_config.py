@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mm.config.model import ChameleonConfig
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.interop.rules import LLAMA, check_trunk
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mm.config.janus import JanusConfig
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.interop.rules import LLAMA, check_trunk
 
 NORM_EPSILON = 1e-6

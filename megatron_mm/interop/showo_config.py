@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mm.config.masked import ShowoConfig
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.interop.rules import check_square, check_trunk, square_overrides, trunk_overrides
 from megatron_mm.interop.special_ids import id_entry, id_overrides
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 
 KEY = "special_ids"
 """Of config.json; it is ours, and holds the ids that are not the official ones."""

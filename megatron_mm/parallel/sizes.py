@@ -11,6 +11,7 @@ import torch
 
 from megatron_mm.config.compose import Config
 from megatron_mm.config.schema import ParallelConfig
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.base import Family
 from megatron_mm.parallel.distributed import single_process
 from megatron_mm.parallel.model import StageModel
@@ -35,7 +36,9 @@ class ParameterCounts:
 
 def count_parameters(config: Config, family: Family) -> ParameterCounts:
     """Builds the model of `family` on the meta device, whatever its size and layout."""
-    core = transformer_config(family.trunk, ParallelConfig(), config.train, "reference", family.hides_keys)
+    core = transformer_config(
+        family.trunk, ParallelConfig(), config.train, "reference", MaskTraits.of(family).hides_keys
+    )
     with single_process(torch.device("cpu")), _on_meta():
         model = StageModel(core, family, first=True, last=True, virtual_stage=None)
     counts: Counter[str] = Counter()

@@ -47,7 +47,7 @@ def read_pairs(split: Path, tokenizer: Tokenizer, codec: PixelCodec, count: int,
     """At most `count` captioned images of a prepared split with labels, drawn without replacement."""
     index = build_index(split, tokenizer)
     reader = SampleReader(index, tokenizer, codec)
-    pairs = np.flatnonzero((index.images == 1) & (index.texts == 1))
+    pairs = np.flatnonzero((index.images == 1) & (np.diff(index.segments) == 2))
     drawn = [reader.read(uid) for uid in pairs[shuffled(len(pairs), seed, split.name)[:count]].tolist()]
     return [
         Pair(codec.decode(first_image(s.segments).data), s.meta["labels"][0], read_text(tokenizer, s.segments))

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import torch
 
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 
 
 class Next(IntEnum):

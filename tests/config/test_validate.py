@@ -164,6 +164,7 @@ def test_accepts(world_size, overrides):
         ),
         (1, ["optim.min_lr=1"], r"optim\.min_lr=1\.0 is above optim\.lr=0\.0003"),
         (1, ["checkpoint.async_save=true", "checkpoint.save=null"], r"checkpoint\.async_save=true has nothing to"),
+        (1, ["model.patch_codec=unet", "model.patch_size=7"], r"patch_size=7 must be a power of two for .*codec=unet"),
         (1, ["model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=28 and .*width=28"),
         (1, ["model=showo_flow", "model.patch_size=3"], r"model\.patch_size=3 must divide model\.image\.height=32"),
         (

@@ -1,60 +1,55 @@
 """A small real layout (text tokens, then one position a pixel, with noise) and shards on disk for the data tests."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_mm import mask
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.dataset import open_data
+from megatron_mm.data.shape import TextPart
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.tokenizer import ByteTokenizer
-from megatron_mm.types import Document, FieldSpec, TextSegment
+from megatron_mm.documents.builder import PREDICTED, Builder
+from megatron_mm.documents.spans import Block, Span, special, text
+from megatron_mm.types import FieldSpec, LossTerm
 
 SIDE = 4
 IMAGE = ImageConfig(channels=1, height=SIDE, width=SIDE)
 
 
-@dataclass(frozen=True)
-class PixelLayout:
+class PixelFamily:
     """BOS, text bytes, and images of SIDE x SIDE positions that see one another; each pixel gets its own noise."""
 
-    encodes = 0
-    vocab = SimpleNamespace(pad=256, bos=257, image=258)
+    vocab = SimpleNamespace(pad=256, bos=257)
     image_codes = 0
     pixels = None
-    fields = {"labels": FieldSpec("int64", (), -100), "pixels": FieldSpec("float32", (1,), 0.0)}
+    terms = (LossTerm("text", 1.0),)
+    config = SimpleNamespace(image=IMAGE)
+    fields = PREDICTED | {"pixels": FieldSpec("float32", (1,), 0.0)}
 
-    def length(self, text_tokens: int, texts: int, images: int) -> int:
-        return 1 + text_tokens + images * SIDE * SIDE
+    def __init__(self, encodes: bool = False):
+        self.encodes = encodes
 
-    def encoded_images(self, texts: int, images: int, task: str) -> float:
-        return self.encodes * images
+    def choices(self, shape):
+        return [(1.0, shape)]
 
-    def lay_out(self, sample, streams) -> Document:
-        tokens, pixels, images = [np.array([self.vocab.bos])], [np.zeros(1)], []
-        for segment in sample.segments:
-            if isinstance(segment, TextSegment):
-                tokens.append(segment.ids)
-                pixels.append(np.zeros(len(segment.ids)))
+    def spans(self, shape):
+        items = [special(self.vocab.bos)]
+        for part in shape.parts:
+            if isinstance(part, TextPart):
+                items += text(part, self.vocab, "text")
             else:
-                images.append((sum(map(len, tokens)), SIDE, SIDE))
-                noise = streams.generator("noise", len(images)).standard_normal(SIDE * SIDE)
-                tokens.append(np.full(SIDE * SIDE, self.vocab.image))
-                pixels.append(segment.data.reshape(-1) + noise)
-        ids = np.concatenate(tokens).astype(np.int64)
-        spans = [(first, first + h * w) for first, h, w in images]
-        return Document(
-            sample.uid,
-            ids,
-            mask.with_spans(len(ids), spans),
-            {"labels": np.roll(ids, -1), "pixels": np.concatenate(pixels).astype(np.float32)[:, None]},
-            np.array(images, dtype=np.int32).reshape(-1, 3),
-        )
+                grid = (part.height, part.width)
+                items.append(Block((Span(SIDE * SIDE, source=part.source, grid=grid, encoded=self.encodes),)))
+        return items
+
+    def fill(self, draft, streams):
+        for number, (place, segment) in enumerate(draft.images(), 1):
+            noise = streams.generator("noise", number).standard_normal(SIDE * SIDE)
+            draft.fields["pixels"][place.at, 0] = segment.data.reshape(-1) + noise
 
 
 def make_records(count: int, seed: int = 0) -> list[Record]:
@@ -70,8 +65,8 @@ def make_records(count: int, seed: int = 0) -> list[Record]:
 
 
 @pytest.fixture
-def layout() -> PixelLayout:
-    return PixelLayout()
+def layout() -> Builder:
+    return Builder(PixelFamily())
 
 
 @pytest.fixture

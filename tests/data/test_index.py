@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.image_codec import PixelCodec, square_pixels
-from megatron_mm.data.index import ARRAYS, build_index
+from megatron_mm.data.index import ARRAYS, LOSS, build_index
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.tokenizer import ByteTokenizer
@@ -37,9 +37,9 @@ def write_tar(path, members: dict[str, bytes]) -> None:
 def test_index_counts_what_was_written(shards, records):
     index = build_index(shards, TOKENIZER)
     assert [index.key(i) for i in range(len(index))] == [record.key for record in records]
-    assert index.text_tokens.tolist() == [len(record.segments[0]) for record in records]
+    assert index.tokens[index.segments[:-1]].tolist() == [len(record.segments[0]) for record in records]
     assert index.images.tolist() == [len(record.segments) - 1 for record in records]
-    assert index.texts.tolist() == [1] * len(records)
+    assert (index.tokens >= 0).sum() == len(records) and (index.flags == LOSS).all()
     assert [path.name for path in index.shards] == [f"shard-{i:06d}.tar" for i in range(4)]
     assert index.shard.tolist() == [i // 17 for i in range(61)]
     sizes = set(zip(index.heights.tolist(), index.widths.tolist(), strict=True))
@@ -111,18 +111,18 @@ def test_reader_adds_pixels_for_a_vision_encoder(tmp_path):
 def test_index_is_kept_and_rebuilt_when_the_shard_changes(tmp_path):
     write_shards(tmp_path, [Record("a", ("one",))])
     shard = tmp_path / "shard-000000.tar"
-    assert build_index(tmp_path, TOKENIZER).text_tokens.tolist() == [3]
+    assert build_index(tmp_path, TOKENIZER).tokens.tolist() == [3]
     (kept,) = tmp_path.glob("*.idx.npz")
     first = kept.read_bytes()
     with np.load(kept) as saved:
         changed = {**{name: saved[name] for name in ARRAYS}, "stamp": saved["stamp"]}
-    changed["text_tokens"] = np.array([7])
+    changed["tokens"] = np.array([7])
     np.savez(kept, **changed)
-    assert build_index(tmp_path, TOKENIZER).text_tokens.tolist() == [7], "the kept file was not used"
+    assert build_index(tmp_path, TOKENIZER).tokens.tolist() == [7], "the kept file was not used"
     os.utime(shard, ns=(0, 1))
-    assert build_index(tmp_path, TOKENIZER).text_tokens.tolist() == [3], "the kept file outlived its shard"
+    assert build_index(tmp_path, TOKENIZER).tokens.tolist() == [3], "the kept file outlived its shard"
     kept.write_bytes(first[:100])
-    assert build_index(tmp_path, TOKENIZER).text_tokens.tolist() == [3], "a damaged file was believed"
+    assert build_index(tmp_path, TOKENIZER).tokens.tolist() == [3], "a damaged file was believed"
 
 
 def test_several_processes_may_build_at_once(shards):

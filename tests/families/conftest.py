@@ -5,6 +5,7 @@ import pytest
 
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
+from megatron_mm.documents.builder import Builder
 from megatron_mm.types import ImageSegment, Sample, TextSegment
 
 
@@ -26,7 +27,7 @@ def packed():
     """Call with a family, rows of samples and a row length: the batch and the documents in it."""
 
     def make(family, rows, seq_length, seed=0):
-        documents = [[family.lay_out(s, Streams(seed, s.uid, 0)) for s in row] for row in rows]
+        documents = [[Builder(family).lay_out(s, Streams(seed, s.uid, 0)) for s in row] for row in rows]
         keys = [[0] * len(row) for row in rows]
         return pack(documents, seq_length, family.fields, family.vocab.pad, keys), documents
 

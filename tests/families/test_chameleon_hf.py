@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run_ranks
+from documents import label_counts, next_tokens
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from sharded import assemble, local_shards
@@ -21,7 +22,6 @@ from megatron_mm.data.pack import pack
 from megatron_mm.engines.checkpoint import Checkpointer, common_state, load_weights
 from megatron_mm.engines.megatron import MegatronEngine, build_chunks
 from megatron_mm.families.base import Family
-from megatron_mm.families.layout import next_token_labels
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.chameleon_weights import weights_to_hf
 from megatron_mm.interop.rules import VQ_PREFIX
@@ -52,7 +52,7 @@ def documents() -> list[list[Document]]:
     for lengths in ((9, 13), (LENGTH,)):
         tokens = [rng.integers(0, VOCAB, n) for n in lengths]
         none = np.zeros((0, 3), np.int32)
-        rows.append([Document(0, t, causal(len(t)), {"labels": next_token_labels(t)}, none) for t in tokens])
+        rows.append([Document(0, t, causal(len(t)), next_tokens(t), none) for t in tokens])
     return rows
 
 
@@ -141,7 +141,7 @@ def run_ours(init, checkpoint: Path, parallel: dict):
             logits = model.back.ops.gather_logits(model.back.logits(model.hidden(Part.of(batch)).transpose(0, 1)))
         if layout.pp_size > 1:
             return logits, None, None
-        sums, counts = model(Part.of(batch)), family.counts(batch)
+        sums, counts = model(Part.of(batch)), label_counts(family, batch)
         loss = sums[0] / counts["ce"] + Z_WEIGHT * sums[1] / counts["z"]
         loss.backward()
         for parameter in model.parameters():

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from documents import label_counts, shape_like
 from plain_ops import PlainOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_mm.benchmark.synthetic import synthetic_steps
 from megatron_mm.config.compose import compose
+from megatron_mm.documents.builder import Builder
 from megatron_mm.families.registry import FAMILIES, build_family
 from megatron_mm.parallel.context.shard import whole
 from megatron_mm.parallel.staging import Staged
@@ -28,9 +30,13 @@ def drawn(name):
     options = ["run.name=test", "data.path=none", "data.seq_length=512"]
     config = compose([*MODELS[name], *options, "train.micro_batch_size=4", "train.global_batch_size=4"])
     family = build_family(config.model, 100)
-    encodes = family.encoded_images(2, 2, "auto") > 0
+    encodes = Builder(family).encoded_images(shape_like(family, "titi")) > 0
     batches = [batch for (batch,) in synthetic_steps(config, family, 100, 4)]
-    return family, next(b for b in batches if all(family.counts(b).values()) and bool(b.grids) == encodes)
+    return family, next(
+        b
+        for b in batches
+        if all(n for term, n in label_counts(family, b).items() if term != "chat") and bool(b.grids) == encodes
+    )
 
 
 @pytest.fixture(params=MODELS)

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from documents import label_counts, length
 from plain_ops import PlainOps
 
 from megatron_mm import mask as masks
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import ImageConfig, SpecialsConfig, TrunkConfig
 from megatron_mm.data.corrupt import Streams
+from megatron_mm.documents.builder import Builder
 from megatron_mm.families.janus import DRAWN, NO_IMAGE, SEEN, Janus
 from megatron_mm.nn.patch import unpatchify
 from megatron_mm.types import IGNORE, ImageSegment, Sample, TextSegment
@@ -40,7 +42,7 @@ def make(kinds, uid=0, task="auto"):
 
 
 def lay_out(fam, sample, epoch=0):
-    return fam.lay_out(sample, Streams(0, sample.uid, epoch))
+    return Builder(fam).lay_out(sample, Streams(0, sample.uid, epoch))
 
 
 @pytest.mark.parametrize("kinds", ["ti", "it"])
@@ -54,8 +56,8 @@ def test_generation_is_caption_then_codes_with_code_labels_only(kinds):
     fields = document.fields
     assert fields["kind"].tolist() == [NO_IMAGE] * first + [DRAWN] * 6 + [NO_IMAGE] * 2
     assert fields["codes"][first : first + 6].tolist() == codes
-    assert fields["code_labels"].tolist() == [IGNORE] * (first - 1) + codes + [IGNORE] * 3, "BOI predicts code 0"
-    assert (fields["labels"] == IGNORE).all() and not fields["pixels"].any()
+    assert fields["labels"].tolist() == [IGNORE] * (first - 1) + codes + [IGNORE] * 3, "BOI predicts code 0"
+    assert fields["term"].tolist() == [-1] * (first - 1) + [1] * 6 + [-1] * 3 and not fields["pixels"].any()
     np.testing.assert_array_equal(document.mask, masks.causal(len(expected)))
 
 
@@ -72,14 +74,14 @@ def test_understanding_is_pixels_then_text_with_text_labels_only(kinds):
     np.testing.assert_array_equal(unpatchify(fields["pixels"][2:6], 2, 2, 4), image.pixels)
     assert not fields["pixels"][[0, 1, *range(6, len(expected))]].any()
     assert fields["labels"].tolist() == [IGNORE] * 6 + [*text, v.eos] + [IGNORE], "EOI predicts the first text token"
-    assert (fields["code_labels"] == IGNORE).all()
+    assert not (fields["term"] == 1).any()
     np.testing.assert_array_equal(document.mask, masks.causal(len(expected)))
 
 
-@pytest.mark.parametrize("kinds", ["t", "i", "tit", "iitti"])
-@pytest.mark.parametrize("task", ["auto", "generation"])
-def test_every_other_document_is_read_and_all_its_text_is_labelled(kinds, task):
-    fam, sample = family(generation_share=1.0, condition_dropout=1.0), make(kinds, task=task)
+@pytest.mark.parametrize("kinds", ["t", "tit", "iitt"])
+@pytest.mark.parametrize("task", ["auto", "understanding"])
+def test_every_other_document_may_be_read_and_all_its_text_is_labelled(kinds, task):
+    fam, sample = family(generation_share=0.0 if task == "auto" else 1.0), make(kinds, task=task)
     v, document = fam.vocab, lay_out(fam, sample)
     expected, is_text = [v.bos], [False]
     for segment in sample.segments:
@@ -94,9 +96,8 @@ def test_every_other_document_is_read_and_all_its_text_is_labelled(kinds, task):
     wanted = [token if text else IGNORE for token, text in zip(expected[1:], is_text[1:], strict=True)]
     assert document.fields["labels"].tolist() == [*wanted, IGNORE]
     assert (document.fields["kind"] == SEEN).sum() == 4 * kinds.count("i")
-    assert (document.fields["code_labels"] == IGNORE).all()
-    text_tokens = sum(len(s.ids) for s in sample.segments if isinstance(s, TextSegment))
-    assert fam.length(text_tokens, kinds.count("t"), kinds.count("i")) == len(expected)
+    assert not (document.fields["term"] == 1).any()
+    assert length(fam, sample) == len(expected)
 
 
 def test_condition_dropout_pads_the_caption_in_place():
@@ -126,20 +127,18 @@ def test_length_of_a_pair_is_that_of_its_longer_layout(image):
     segment = replace(make("i").segments[0], data=np.zeros((image.height, image.width), int))
     pair = (TextSegment(np.arange(5)), segment)
     lengths = [len(lay_out(fam, Sample(0, "", pair, task=task)).tokens) for task in ("understanding", "generation")]
-    assert fam.length(5, 1, 1) == max(lengths) and len(set(lengths)) == 2
+    assert length(fam, Sample(0, "", pair)) == max(lengths) and len(set(lengths)) == 2
 
 
-def test_prompts_read_pixels_and_keep_what_was_generated():
-    fam, sample = family(), make("it")
-    image, text = sample.segments
-    drawn = replace(image, pixels=None)
-    prompt = fam.lay_out_prompt(replace(sample, segments=(image, text, drawn)))
-    v, kind = fam.vocab, prompt.fields["kind"]
-    assert prompt.tokens[-1] == v.eoi and len(kind) == len(prompt.tokens)
-    assert (kind == SEEN).sum() == 4 and prompt.fields["codes"][kind == DRAWN].tolist() == image.data.ravel().tolist()
-    opened = fam.lay_out_prompt(replace(sample, segments=(text,)), open_image=True)
-    assert opened.tokens.tolist() == [v.bos, *text.ids, v.boi] and len(opened.fields["kind"]) == len(opened.tokens)
-    assert set(prompt.fields) == {"kind", "pixels", "codes"}
+@pytest.mark.parametrize("kinds", ["titi", "iti"])
+def test_an_image_that_ends_an_interleaved_document_is_generated(kinds):
+    fam, sample = family(), make(kinds)
+    document, v = lay_out(fam, sample), fam.vocab
+    first, second = document.images[:, 0]
+    assert document.fields["kind"][first] == SEEN and document.fields["kind"][second] == DRAWN
+    labels, term = document.fields["labels"], document.fields["term"]
+    assert labels[term == 1].tolist() == sample.segments[-1].data.ravel().tolist()
+    assert v.boi not in labels[term == 0] and labels[-2] == v.eos
 
 
 @pytest.fixture
@@ -171,20 +170,19 @@ def test_front_embeds_pixels_codes_and_tokens(model):
             expected = front.vision.adaptor(front.vision.encoder(picture[None]).last_hidden_state[0])
             torch.testing.assert_close(embeddings[row, at], expected)
             seen += 1
-    assert seen == 3 and len(batch.images) == 5
+    assert seen == 2 and len(batch.images) == 5
 
 
 def test_losses_are_cross_entropies_of_the_two_heads(model):
     fam, front, back, batch, _ = model
     hidden = front(batch)
-    sums, counts = back(hidden, batch), fam.counts(batch)
-    heads = {"text": (back.logits, "labels"), "image": (back.code_logits, "code_labels")}
-    for name, (head, field) in heads.items():
-        labels = batch.fields[field]
-        valid = labels != IGNORE
+    sums, counts = back(hidden, batch), label_counts(fam, batch)
+    labels = batch.fields["labels"]
+    for number, (name, head) in enumerate((("text", back.logits), ("image", back.code_logits))):
+        valid = batch.fields["term"] == number
         torch.testing.assert_close(sums[name], F.cross_entropy(head(hidden)[valid], labels[valid], reduction="sum"))
         assert counts[name] == int(valid.sum()) > 0
-    assert counts["image"] == 12 and set(sums) == {"text", "image"}
+    assert counts["image"] == 18 and set(sums) == {"text", "image"}
     assert [(t.name, t.weight) for t in family(text_weight=2.0, image_weight=3.0).terms] == [("text", 2), ("image", 3)]
 
 

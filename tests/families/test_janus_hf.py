@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
+from documents import label_counts, lay_out
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from sharded import assemble, local_shards
@@ -18,7 +19,6 @@ from megatron_mm.config.compose import Config, from_dict_config
 from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.convert import from_hf, to_hf
-from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
 from megatron_mm.engines.checkpoint import common_state, load_weights
 from megatron_mm.engines.megatron import build_chunks
@@ -180,7 +180,7 @@ def run_ours(init, checkpoint: Path, tp: int, changes: dict):
     """Logits of both heads [B, S, V], loss, gradients as shards."""
     config = replace(load_config(checkpoint, **changes), parallel=ParallelConfig(tensor_model_parallel_size=tp))
     family = build_family(config.model, 256)
-    rows = [[family.lay_out(sample(*document), Streams(0, document[0], 0)) for document in row] for row in ROWS]
+    rows = [[lay_out(family, sample(*document)) for document in row] for row in ROWS]
     batch = pack(rows, LENGTH, family.fields, family.vocab.pad, [[0] * len(row) for row in rows])
     with process_groups(config.parallel, 0, CPU, **init) as layout:
         (model,) = chunks = build_chunks(config, family, layout, CPU)
@@ -189,7 +189,7 @@ def run_ours(init, checkpoint: Path, tp: int, changes: dict):
             hidden = model.hidden(Part.of(batch)).transpose(0, 1)
             heads = (model.back.logits, model.back.code_logits)
             logits = [model.back.ops.gather_logits(head(hidden)) for head in heads]
-        sums, counts = model(Part.of(batch)), family.counts(batch)
+        sums, counts = model(Part.of(batch)), label_counts(family, batch)
         loss = sums[0] / counts["text"] + sums[1] / counts["image"]
         loss.backward()
         for parameter in model.parameters():

@@ -22,6 +22,7 @@ from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.convert import from_hf, to_hf
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
+from megatron_mm.documents.builder import Builder
 from megatron_mm.engines.checkpoint import Checkpointer, common_state, load_weights
 from megatron_mm.engines.megatron import MegatronEngine, build_chunks
 from megatron_mm.families.base import Family
@@ -113,7 +114,7 @@ def rows_of(family: Family) -> list[list[Document]]:
         Sample(1, "b", (text,)),
         Sample(2, "c", (text, image), task="understanding"),
     ]
-    first, second, third = (family.lay_out(sample, Streams(0, sample.uid, 0)) for sample in samples)
+    first, second, third = (Builder(family).lay_out(sample, Streams(0, sample.uid, 0)) for sample in samples)
     return [[first, second], [third]]
 
 

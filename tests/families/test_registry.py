@@ -6,11 +6,13 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from documents import shape_like
 from plain_ops import PlainOps
 from transformers import JanusConfig, JanusForConditionalGeneration
 
 from megatron_mm.config.compose import from_dict_config
 from megatron_mm.config.model import ChameleonConfig
+from megatron_mm.documents.builder import Builder
 from megatron_mm.families.registry import FAMILIES, build_family
 from megatron_mm.interop.janus_config import config_to_hf
 
@@ -45,7 +47,7 @@ def test_published_sizes_have_their_parameters(name, published):
     family = build_family(load(name), 32000)
     assert billions(family.trunk, family.vocab.size) == pytest.approx(published, rel=0.05)
     h, w = (32, 32) if family.name == "chameleon" else (16, 16)
-    assert family.length(10, 1, 1) == 2 + 10 + 2 + h * w
+    assert Builder(family).length(shape_like(family, "ti", 10)) == 2 + 10 + 2 + h * w
 
 
 def test_chameleon_s_two_sizes_differ_as_published():
@@ -71,7 +73,7 @@ def test_janus_has_the_parameters_of_hugging_face_s(name, published):
     assert ends + round(trunk) == sum(weights.values()) - tokenizer
     # The published files also hold the encoder's pooling head, which no one reads: 13M.
     assert (sum(weights.values()) + 13e6) / 1e9 == pytest.approx(published, rel=0.003)
-    assert family.length(10, 1, 1) == 2 + 10 + 2 + 576
+    assert Builder(family).length(shape_like(family, "ti", 10)) == 2 + 10 + 2 + 576
 
 
 def hf_janus(config):

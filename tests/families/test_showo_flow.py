@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from documents import label_counts, length
 from plain_ops import PlainOps
 
 from megatron_mm import mask as masks
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.model import ImageConfig, TrunkConfig
 from megatron_mm.data.corrupt import Streams
+from megatron_mm.documents.builder import Builder
 from megatron_mm.families.showo_flow import NO_TIME, ShowoFlow
 from megatron_mm.nn.flow import UNIT
 from megatron_mm.nn.patch import patchify
@@ -38,7 +40,7 @@ def family(**changes):
 
 
 def lay_out(fam, sample, epoch=0):
-    return fam.lay_out(sample, Streams(0, sample.uid, epoch))
+    return Builder(fam).lay_out(sample, Streams(0, sample.uid, epoch))
 
 
 def test_text_to_image(sample):
@@ -48,7 +50,7 @@ def test_text_to_image(sample):
     document = lay_out(fam, source)
     k = len(text.ids)
     assert document.tokens.tolist() == [v.bos, *text.ids.tolist(), v.boi, v.pad, *[v.pad] * 6, v.eoi, v.eos]
-    assert document.images.tolist() == [[k + 3, 2, 3]] and len(document.tokens) == fam.length(k, 1, 1)
+    assert document.images.tolist() == [[k + 3, 2, 3]] and len(document.tokens) == length(fam, source)
     assert (document.fields["labels"] == IGNORE).all()
     time, where = document.fields["time"], slice(k + 3, k + 9)
     assert 0 < time[k + 3] < UNIT and (time[where] == time[k + 3]).all() and (time >= 0).sum() == 6
@@ -74,7 +76,7 @@ def test_image_to_text_is_clean(sample):
     assert document.tokens.tolist() == tokens
     np.testing.assert_array_equal(document.fields["patches"][3:9], patchify(image.data, 2))
     assert (document.fields["time"][3:9] == UNIT).all() and document.fields["clock"][2] == UNIT
-    assert document.fields["labels"].tolist() == [v.boi, *[IGNORE] * 8, *tokens[10:], IGNORE]
+    assert document.fields["labels"].tolist() == [*[IGNORE] * 9, *tokens[10:], IGNORE]
 
 
 @pytest.mark.parametrize(("kinds", "noised"), [("tit", 0), ("titi", 1), ("iti", 1), ("i", 1), ("t", 0)])
@@ -96,7 +98,7 @@ def test_losses(sample, packed):
     hidden = front(batch)
     sums, labels, time = back(hidden, batch), batch.fields["labels"], batch.fields["time"]
     valid, noised = labels != IGNORE, (time >= 0) & (time < UNIT)
-    assert fam.counts(batch) == {"text": int(valid.sum()), "image": int(noised.sum())} and noised.any()
+    assert label_counts(fam, batch) == {"text": int(valid.sum()), "image": int(noised.sum())} and noised.any()
     torch.testing.assert_close(
         sums["text"], F.cross_entropy(back.logits(hidden)[valid], labels[valid], reduction="sum")
     )

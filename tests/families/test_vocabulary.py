@@ -7,7 +7,7 @@ import torch
 
 from megatron_mm.config.masked import MaskedVocabularyConfig, MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import ChameleonConfig, VocabularyConfig
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.families.chameleon import Chameleon
 from megatron_mm.families.mmada import MMaDA
 from megatron_mm.families.showo import Showo

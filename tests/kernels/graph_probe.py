@@ -13,6 +13,7 @@ from mm_kernels.offline_inductor import compiling_graphs
 from megatron_mm.benchmark.synthetic import synthetic_steps
 from megatron_mm.config.compose import compose
 from megatron_mm.config.schema import FusionConfig
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.registry import build_family
 from megatron_mm.nn.fusion import compiled, norm_heads
 from megatron_mm.parallel.context.runtime import Part
@@ -40,7 +41,9 @@ def train_one_layer(overrides: list[str]) -> None:
     with process_groups(config.parallel, 0, CPU, store=dist.HashStore(), rank=0, world_size=1):
         os.environ.pop("TORCHDYNAMO_DISABLE", None)  # set for CPUs, where compiling gains nothing
         family, fusion = build_family(config.model, text_vocab_size=64), FusionConfig("compile")
-        core = transformer_config(family.trunk, config.parallel, config.train, "reference", family.hides_keys, fusion)
+        core = transformer_config(
+            family.trunk, config.parallel, config.train, "reference", MaskTraits.of(family).hides_keys, fusion
+        )
         stage = StageModel(core, family, first=True, last=True, virtual_stage=None)
         initialize(stage, seed=0)
         ((batch,),) = synthetic_steps(config, family, 64, 1)

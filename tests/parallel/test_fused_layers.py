@@ -10,6 +10,7 @@ from distributed import run_ranks
 from megatron_mm.benchmark.synthetic import synthetic_steps
 from megatron_mm.config.compose import compose
 from megatron_mm.config.schema import FusionConfig
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
@@ -28,7 +29,9 @@ def _sums_and_gradients(init_kwargs: dict, config, elementwise: str) -> dict[str
     with torch.compiler.set_stance("force_eager"), process_groups(config.parallel, 0, CPU, **init_kwargs):
         family = build_family(config.model, text_vocab_size=64)
         fusion = FusionConfig(elementwise)
-        core = transformer_config(family.trunk, config.parallel, config.train, "reference", family.hides_keys, fusion)
+        core = transformer_config(
+            family.trunk, config.parallel, config.train, "reference", MaskTraits.of(family).hides_keys, fusion
+        )
         gelu_alone = family.trunk.activation == "gelu" and not family.trunk.add_bias_linear
         assert core.bias_activation_fusion == (elementwise == "compile" and not gelu_alone)
         stage = StageModel(core, family, first=True, last=True, virtual_stage=None)

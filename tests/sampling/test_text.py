@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_mm.config.model import VocabularyConfig
-from megatron_mm.families.base import Vocabulary
+from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.sampling.text import Next, choose, grammar, penalise
 
 CPU = torch.device("cpu")

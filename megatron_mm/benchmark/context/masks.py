@@ -13,11 +13,14 @@ from PIL import Image
 from megatron_mm.benchmark.context.arguments import DATA, Study
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.data.dataset import document_lengths
+from megatron_mm.data.dataset import measured
 from megatron_mm.data.index import build_index
 from megatron_mm.data.plan import epoch_order
 from megatron_mm.data.sample import SampleReader
+from megatron_mm.data.shapes import shapes_of
 from megatron_mm.data.tokenizer import load_tokenizer
+from megatron_mm.documents.builder import Builder
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.mask import concatenate
@@ -46,10 +49,11 @@ class _Dataset:
     def __init__(self, study: Study):
         config = compose([f"experiment={study.config.experiment}", f"data.path={study.config.data}", *study.overrides])
         tokenizer = load_tokenizer(config.data.tokenizer)
-        self._family = build_family(config.model, tokenizer.size)
+        family = build_family(config.model, tokenizer.size)
+        self._documents_of, self._hides_keys = Builder(family), MaskTraits.of(family).hides_keys
         index = build_index(config.data.path, tokenizer)
-        self._reader = SampleReader(index, tokenizer, _Blank(config, self._family), self._family.pixels)
-        self._lengths = document_lengths(index, self._family)
+        self._reader = SampleReader(index, tokenizer, _Blank(config, family), family.pixels)
+        self._lengths = measured(*shapes_of(index, "auto", config.model.image), self._documents_of.length)
         self._seed = study.config.seed
 
     def row(self, length: int) -> np.ndarray:
@@ -66,12 +70,12 @@ class _Dataset:
                 break
             masks.append(document)
             used += document.shape[1]
-        return concatenate(masks, length)[: 3 if self._family.hides_keys else 2]
+        return concatenate(masks, length)[: 3 if self._hides_keys else 2]
 
     def _documents(self, length: int) -> Iterator[np.ndarray]:
         for epoch in count():
             for uid in epoch_order(self._lengths, length, self._seed, epoch).tolist():
-                yield self._family.lay_out(self._reader.read(uid), Streams(self._seed, uid, epoch)).mask
+                yield self._documents_of.lay_out(self._reader.read(uid), Streams(self._seed, uid, epoch)).mask
 
 
 class _Blank:

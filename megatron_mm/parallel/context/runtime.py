@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_mm.config.compose import Config
+from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.base import Family
 from megatron_mm.parallel.context.groups import Groups, connect, make_groups
 from megatron_mm.parallel.context.plan import AttentionPlan, plan_attention
@@ -82,6 +83,7 @@ class ContextParallel:
 
     def __init__(self, config: Config, family: Family, layout: Layout):
         self._family, self._layout, self._dtype = family, layout, config.train.dtype
+        self._hides_keys = MaskTraits.of(family).hides_keys
         self._compared = layout.cp_size == 1
         if layout.cp_size > 1:
             near = int(os.environ.get("LOCAL_WORLD_SIZE", Hardware.node_size)) // layout.tp_size
@@ -140,9 +142,9 @@ class ContextParallel:
     def _cut(self, batch: PackedBatch, mask: np.ndarray) -> tuple[Part, bytes]:
         """This rank's part and the digest of how all parts meet."""
         family, rank = self._family, self._layout.cp_rank
-        meeting = self._ways.best(mask if family.hides_keys else mask[:, :2])
+        meeting = self._ways.best(mask if self._hides_keys else mask[:, :2])
         assignment, outer = meeting.needs.assignment, rank // meeting.inner
         mine = shard(batch, positions(assignment, meeting.inner), rank, family.fields, family.vocab.pad)
-        plan = plan_attention(mask, assignment, meeting.stages(outer), outer, family.hides_keys)
+        plan = plan_attention(mask, assignment, meeting.stages(outer), outer, self._hides_keys)
         attention = SpreadAttention(plan, self._groups[meeting.inner])
         return Part(mine, attention, mpu.get_context_parallel_group()), meeting.digest()

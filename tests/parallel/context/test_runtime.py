@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from distributed import run_ranks
+from documents import label_counts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,7 +74,7 @@ def _first_step(init_kwargs, config, family, batches, deviates):
 
 def test_ranks_that_cut_rows_otherwise_are_told_before_the_first_step():
     config, family, batches = drawn("parallel.context_parallel_size=3", "parallel.context_parallel_comm=ring")
-    counts = {name: sum(family.counts(batch)[name] for batch in batches) for name in ("text", "image")}
+    counts = {name: sum(label_counts(family, batch)[name] for batch in batches) for name in ("text", "image")}
     assert run_ranks(_first_step, 3, config, family, batches, None) == [counts] * 3
     first, *others = run_ranks(_first_step, 3, config, family, batches, 1)
     assert "do not cut the first step's rows alike: ranks [0, 2] (numpy " in first and " and [1] (numpy " in first

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from documents import label_counts
 
 from megatron_mm.benchmark.synthetic import synthetic_steps
 from megatron_mm.config.compose import compose
@@ -65,9 +66,9 @@ def test_images_are_whole_and_counted_once(cut):
     owners = cut(batch)
     parts = parts_of(family, batch, owners)
     assert any(part.widening is not None for part in parts), "some image straddles a border"
-    total = {name: 0 for name in family.counts(batch)}
+    total = {name: 0 for name in label_counts(family, batch)}
     for positions, part in zip(owners, parts, strict=True):
-        for name, count in family.counts(part.back).items():
+        for name, count in label_counts(family, part.back).items():
             total[name] += count
         front = part.front
         touched = [
@@ -82,7 +83,7 @@ def test_images_are_whole_and_counted_once(cut):
             for name in ("patches", "timestep", "noise"):
                 there = batch.fields[name][row, first : first + size]
                 assert torch.equal(front.fields[name][row, place : place + size], there)
-    assert total == family.counts(batch)
+    assert total == label_counts(family, batch)
 
 
 def _round_trip(init_kwargs, batch, parts, owners):

@@ -1,0 +1,209 @@
+"""The builder: from a sample, or its shape alone, and a family's list of spans to a document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from megatron_mm.config.compose import ModelConfig
+from megatron_mm.config.model import ImageConfig
+from megatron_mm.data.corrupt import Streams
+from megatron_mm.data.shape import Shape, shape_of
+from megatron_mm.documents.choices import Choices
+from megatron_mm.documents.outline import Outline, Place
+from megatron_mm.documents.spans import Items, Role, Span, cut, length_of
+from megatron_mm.documents.vocabulary import Vocabulary
+from megatron_mm.types import BACK, FRONT, IGNORE, Document, FieldSpec, ImageSegment, LossTerm, PackedBatch, Sample
+
+NO_TERM = -1
+PREDICTED = {
+    "labels": FieldSpec("int64", (), IGNORE, (BACK,)),
+    "term": FieldSpec("int8", (), NO_TERM, (BACK,)),
+}
+"""The fields that the builder fills itself, of every family: the id that is predicted at a position, and the number of
+its loss term."""
+ONE_HEAD = PREDICTED | {"term": replace(PREDICTED["term"], readers=())}
+"""The same where all labels are of one loss, so that only their count needs the term."""
+
+
+class DocumentFamily(Protocol):
+    """What a family says of documents. `terms` and `fields` never change during a run."""
+
+    config: ModelConfig
+    vocab: Vocabulary
+    image_codes: int
+    """Codes of the image tokenizer that the family reads, wherever their ids are; 0: it reads pixels or latents."""
+    pixels: ImageConfig | None
+    """Size of the pictures that a vision encoder reads besides (`ImageSegment.pixels`); None where there is none."""
+    terms: tuple[LossTerm, ...]
+    fields: dict[str, FieldSpec]
+    """`PREDICTED`, and what the family reads of images."""
+
+    def choices(self, shape: Shape) -> Choices:
+        """What a document of this shape may teach; one of them is drawn from the sample's streams."""
+        ...
+
+    def spans(self, shape: Shape) -> Items:
+        """A choice as the list of spans that it consists of."""
+        ...
+
+    def fill(self, draft: Draft, streams: Streams) -> None:
+        """Fills in the images of a draft, and corrupts what is predicted in place.
+
+        Raises:
+            ValueError: an image is not what the configuration says.
+        """
+        ...
+
+
+@dataclass
+class Draft:
+    """A document whose texts and specials stand, and whose images a family fills in.
+
+    tokens int64 [n]: what the model reads. targets int64 [n]: what is predicted, `IGNORE` where that is no id.
+    predicted bool [n]: positions in place that count. fields: name -> array [n, ...], filled with their padding.
+    """
+
+    sample: Sample
+    outline: Outline
+    tokens: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    fields: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def images(self) -> Iterator[tuple[Place, ImageSegment]]:
+        """Every image's place, and its content."""
+        for place in self.outline.places:
+            if place.span.grid:
+                segment = self.sample.segments[place.span.source]
+                assert isinstance(segment, ImageSegment)
+                yield place, segment
+
+    def write(self, at: slice, ids: np.ndarray) -> None:
+        """Ids of the vocabulary, both to be read and to be predicted."""
+        self.tokens[at] = self.targets[at] = ids.ravel()
+
+    def mask(self, at: np.ndarray, hidden: np.ndarray, mask_id: int) -> None:
+        """Of positions `at` [k], those that are `hidden` bool [k] read as `mask_id`, and only they are predicted."""
+        self.tokens[at[hidden]] = mask_id
+        self.predicted[at[~hidden]] = False
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A prompt and what is to be written behind it.
+
+    document: the prompt. length: positions of what comes next (an image with what stands in one block with it; 0 for
+    text). lead: those of them before the image's own.
+    """
+
+    document: Document
+    length: int = 0
+    lead: int = 0
+
+
+class Builder:
+    """Documents of one family: for training, for planning, for sampling. What the data path calls a layout."""
+
+    def __init__(self, family: DocumentFamily):
+        self.family = family
+        self.vocab, self.fields = family.vocab, family.fields
+        self.image_codes, self.pixels = family.image_codes, family.pixels
+        self._terms = {term.name: number for number, term in enumerate(family.terms)}
+
+    def length(self, shape: Shape) -> int:
+        """Positions of the longest document that a sample of this shape may become."""
+        return max(length_of(self.family.spans(choice)) for weight, choice in self.family.choices(shape) if weight)
+
+    def encoded_images(self, shape: Shape) -> float:
+        """How many images of a document networks over whole images read, on average over what is drawn."""
+        choices = [(weight, Outline.of(self.family.spans(choice))) for weight, choice in self.family.choices(shape)]
+        return sum(weight * len(outline.encoded) for weight, outline in choices)
+
+    def lay_out(self, sample: Sample, streams: Streams) -> Document:
+        """The sample as a sequence, corrupted (noise, masking) by the sample's own streams.
+
+        Raises:
+            ValueError: an image is not what the family's configuration says.
+        """
+        choices = self.family.choices(shape_of(sample, self.family.config.image))
+        outline = Outline.of(self.family.spans(_draw(choices, streams)))
+        draft = self._draft(sample, outline, tuple(self.family.fields))
+        self.family.fill(draft, streams)
+        for place in outline.predicted(Role.NEXT):
+            first = max(place.first, 1)
+            self._predict(draft, np.arange(first - 1, place.end - 1), draft.targets[first : place.end], place.span)
+        for place in outline.predicted(Role.IN_PLACE):
+            at = np.arange(place.first, place.end)[draft.predicted[place.at]]
+            self._predict(draft, at, draft.targets[at], place.span)
+        return _document(draft)
+
+    def open(self, sample: Sample, shape: Shape) -> Opening:
+        """The prompt that ends where the last part of `shape` begins; that part is to be written.
+
+        The other parts are those of `sample`, uncorrupted. Fields that only losses read are left out.
+        """
+        before, following = cut(self.family.spans(shape), shape.parts[-1].source)
+        draft = self._draft(sample, Outline.of(before), self._front_fields)
+        self.family.fill(draft, Streams(0, sample.uid, 0))
+        if isinstance(following, Span) and not following.grid:
+            return Opening(_document(draft))
+        block = Outline.of([following])
+        return Opening(_document(draft), len(block), int(block.images[0, 0]))
+
+    def whole(self, sample: Sample, shape: Shape) -> Document:
+        """A finished document as it is read, uncorrupted and without an end."""
+        draft = self._draft(
+            sample, Outline.of(self.family.spans(shape.of(shape.parts, ends=False))), self._front_fields
+        )
+        self.family.fill(draft, Streams(0, sample.uid, 0))
+        return _document(draft)
+
+    @property
+    def _front_fields(self) -> tuple[str, ...]:
+        return tuple(name for name, spec in self.family.fields.items() if FRONT in spec.readers)
+
+    def _draft(self, sample: Sample, outline: Outline, names: Sequence[str]) -> Draft:
+        n, specs = len(outline), self.family.fields
+        tokens = np.full(n, self.family.vocab.pad, dtype=np.int64)
+        for place in outline.places:
+            if place.span.token is not None:
+                tokens[place.at] = place.span.token
+            elif not place.span.grid:
+                tokens[place.at] = sample.segments[place.span.source].ids
+        fields = {name: np.full((n, *specs[name].shape), specs[name].fill, specs[name].dtype) for name in names}
+        return Draft(sample, outline, tokens, tokens.copy(), np.ones(n, dtype=bool), fields)
+
+    def _predict(self, draft: Draft, at: np.ndarray, targets: np.ndarray, span: Span) -> None:
+        draft.fields["labels"][at] = targets
+        draft.fields["term"][at] = self._terms[span.term]
+
+
+def counts(terms: Sequence[LossTerm], batch: PackedBatch) -> dict[str, int]:
+    """For every loss term the number of positions whose mean it is, from the fields alone: those that `counted` (where
+    a family has that field) or `term` names."""
+    numbers = batch.fields.get("counted", batch.fields["term"])
+    own = {term.name: int((numbers == number).sum()) for number, term in enumerate(terms)}
+    return {term.name: own[term.over or term.name] for term in terms}
+
+
+def _draw(choices: Choices, streams: Streams) -> Shape:
+    possible = [(weight, shape) for weight, shape in choices if weight]
+    reached = np.cumsum([weight for weight, _ in possible[:-1]])
+    return possible[int(np.searchsorted(reached, streams.generator("choice").random(), side="right"))][1]
+
+
+def _document(draft: Draft) -> Document:
+    outline = draft.outline
+    return Document(
+        draft.sample.uid,
+        draft.tokens,
+        outline.mask,
+        draft.fields,
+        outline.images,
+        outline.encoded,
+        outline.positions,
+    )
