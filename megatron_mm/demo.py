@@ -35,7 +35,8 @@ from megatron_mm.report.samples import samples_sections, write_document
 from megatron_mm.report.sheet import draw_sheet
 from megatron_mm.report.summary import Score, describe, training_summary
 from megatron_mm.run_folder import read_run_config
-from megatron_mm.sampling.generation import SAMPLERS
+from megatron_mm.sampling.decoding import settings_for
+from megatron_mm.sampling.generation import refusal
 from megatron_mm.sampling.model import SamplingModel
 
 
@@ -81,15 +82,16 @@ def main(arguments: Sequence[str]) -> None:
         began = time.perf_counter()
         status.update("drawing images")
         scale = config.cfg_scale if config.cfg_scale is not None else 3.0 if model.codec.codes else 5.0
-        settings = SamplingConfig(seed=config.seed, cfg_scale=scale, steps=config.steps, batch_size=100)
-        modes = SAMPLERS[model.family.name].modes
-        wanted = of_each_class(held_out, config.images_per_class) if "text_to_image" in modes else []
+        asked = {"cfg_scale": scale, "steps": config.steps, "batch_size": 100}
+        settings = settings_for(model.family.name, seed=config.seed, **asked)
+        draws = refusal(model, ["image"]) is None
+        wanted = of_each_class(held_out, config.images_per_class) if draws else []
         drawn = draw_images(model, wanted, classifier, settings)
         status.update("captioning images")
         greedy = SamplingConfig(seed=config.seed, temperature=0.0, max_new_tokens=32, batch_size=100)
         captioned = write_captions(model, held_out[: config.captions], greedy)
         status.update("writing a document")
-        document = write_document(model, config.start, settings) if "interleaved" in modes else None
+        document = write_document(model, config.start, settings) if draws else None
         seconds = time.perf_counter() - began
         status.update("drawing pictures")
         draw_sheet(samples_sections(drawn, captioned, document, config.start), folder / "samples.png")

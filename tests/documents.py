@@ -1,5 +1,7 @@
 """Short words for what tests ask of a family's documents."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_mm.data.corrupt import Streams
@@ -22,6 +24,15 @@ def shape_like(family, kinds: str, tokens: int = 5) -> Shape:
     image = family.config.image
     text, picture = (lambda n: TextPart(n, tokens)), (lambda n: ImagePart(n, image.height, image.width))
     return Shape(tuple(text(n) if kind == "t" else picture(n) for n, kind in enumerate(kinds)))
+
+
+def finished(family, segments, drawn: bool = False) -> Document:
+    """A whole document as sampling reads it; `drawn`: its last segment is an image as it stands while it is drawn."""
+    sample = Sample(0, "", tuple(segments))
+    shape = shape_of(sample, family.config.image)
+    if drawn:
+        shape = shape.of([*shape.parts[:-1], replace(shape.parts[-1], drawn=True)])
+    return builder.Builder(family).whole(sample, shape)
 
 
 def label_counts(family, batch: PackedBatch) -> dict[str, int]:

@@ -45,16 +45,18 @@ def call(_init_kwargs, arguments):
     return printed.getvalue()
 
 
-def generate(checkpoint, out, *arguments):
+def generate(checkpoint, out, *arguments, steps=True):
     """Printed lines and samples.jsonl."""
-    common = [f"checkpoint={checkpoint}", f"out={out}", "steps=2", "max_new_tokens=8"]
+    common = [f"checkpoint={checkpoint}", f"out={out}", *["steps=2"] * steps, "max_new_tokens=8"]
     printed = run_ranks(call, 1, [*common, *arguments])[0]
     return printed.splitlines(), [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
 
 
 def test_text_to_image(checkpoint, tmp_path):
     printed, samples = generate(checkpoint, tmp_path, "prompt=[a cat, a dog]", "num_samples=2", "batch_size=3")
-    assert [(s["prompt"], s["sample"]) for s in samples] == [("a cat", 0), ("a cat", 1), ("a dog", 0), ("a dog", 1)]
+    assert [(s["prompt"], s["sample"]) for s in samples] == [
+        ([{"text": name}], number) for name in ("a cat", "a dog") for number in range(2)
+    ]
     files = [part["image"] for sample in samples for part in sample["segments"]]
     assert sorted(files) == sorted(path.name for path in tmp_path.glob("*.png")) and len(files) == 4
     with Image.open(tmp_path / files[0]) as image:
@@ -67,9 +69,13 @@ def test_text_to_image(checkpoint, tmp_path):
 def test_image_to_text_and_interleaved(checkpoint, tmp_path):
     Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
     image = f"image={tmp_path / 'red.png'}"
-    for arguments in ([image], [image, "prompt=this is"], [image, "mode=interleaved"]):
+    for arguments in ([image], [image, "prompt=this is"], ["prompt=first", image, image, "write=auto"]):
         _, (sample,) = generate(checkpoint, tmp_path / "out", *arguments)
-        assert sample["image"].endswith("red.png")
+        assert [next(iter(part)) for part in sample["prompt"]] == [
+            {"image": "image", "prompt": "text"}[argument.partition("=")[0]]
+            for argument in arguments
+            if not argument.startswith("write")
+        ]
         assert all(set(part) in ({"text"}, {"image"}) for part in sample["segments"])
         assert "data:image/png;base64," in (tmp_path / "out" / "index.html").read_text()
 
@@ -80,14 +86,14 @@ def test_janus_draws_reads_and_interleaves(tmp_path):
     )
     config = config_for("janus", tmp_path, "parallel.use_distributed_optimizer=false")
     run_ranks(save, 1, config, tmp_path / "checkpoints")
-    _, (drawn,) = generate(tmp_path / "checkpoints", tmp_path / "drawn", "prompt=a cat", "cfg_scale=2")
+    _, (drawn,) = generate(tmp_path / "checkpoints", tmp_path / "drawn", "prompt=a cat", "cfg_scale=2", steps=False)
     with Image.open(tmp_path / "drawn" / drawn["segments"][0]["image"]) as image:
         assert (image.size, image.mode) == ((8, 8), "L")
     Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
     arguments = [f"image={tmp_path / 'red.png'}", "prompt=this is"]
-    _, (read,) = generate(tmp_path / "checkpoints", tmp_path / "read", *arguments)
+    _, (read,) = generate(tmp_path / "checkpoints", tmp_path / "read", *arguments, steps=False)
     assert [set(part) for part in read["segments"]] in ([], [{"text"}])
-    _, (both,) = generate(tmp_path / "checkpoints", tmp_path / "both", "prompt=x", "mode=interleaved")
+    _, (both,) = generate(tmp_path / "checkpoints", tmp_path / "both", "prompt=x", "write=image,text", steps=False)
     assert [set(part) for part in both["segments"]][:2] == [{"image"}, {"text"}]
 
 

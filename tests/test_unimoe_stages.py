@@ -33,9 +33,9 @@ def changed(before, after) -> set[str]:
 def say(init, checkpoint):
     with SamplingModel.load(checkpoint) as model:
         image = model.read_image(Image.new("RGB", (8, 8), "red"))
-        texts = generate(model, [[image]], "image_to_text", SamplingConfig(max_new_tokens=4))
-        with pytest.raises(ValueError, match="mode=text_to_image is not what a unimoe model is trained for"):
-            generate(model, [[]], "text_to_image")
+        texts = generate(model, [[image]], "text", SamplingConfig(max_new_tokens=4))
+        with pytest.raises(ValueError, match="write=image is not what a unimoe model is trained for"):
+            generate(model, [[]], "image")
         return [[len(segment.ids) for segment in continuation] for continuation in texts]
 
 

@@ -37,12 +37,21 @@ def parse_own(default: T, arguments: Sequence[str]) -> tuple[T, list[str]]:
 
 def split(arguments: Sequence[str]) -> dict[str, str]:
     """key -> text of each key=value; the last one wins."""
-    given = {}
+    return dict(pairs(arguments))
+
+
+def pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Key and text of each key=value, in order.
+
+    Raises:
+        ConfigError: an argument is not key=value.
+    """
+    given = []
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not understood: arguments are written key=value.")
-        given[key] = text
+        given.append((key, text))
     return given
 
 

@@ -70,8 +70,8 @@ def _members(record: Record) -> dict:
             name = f"{len(members)}.{suffix}"
             members[name] = content
             segments.append({"type": "image", "file": name})
-    for segment, role in zip(segments, record.roles, strict=bool(record.roles)):
-        segment["role"] = role
+    for entry, role in zip(segments, record.roles, strict=bool(record.roles)):
+        entry["role"] = role
     document = {"segments": segments, "meta": record.meta}
     return {"__key__": record.key, "json": json.dumps(document, ensure_ascii=False).encode(), **members}
 

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_mm.config.compose import ModelConfig
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.data.shape import Shape, shape_of
+from megatron_mm.data.shape import ImagePart, Shape, TextPart, shape_of
 from megatron_mm.documents.choices import Choices
 from megatron_mm.documents.outline import Outline, Place
 from megatron_mm.documents.spans import Items, Role, Span, cut, length_of
@@ -94,15 +94,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class Opening:
-    """A prompt and what is to be written behind it.
+    """A prompt, and the place of what is to be written behind it.
 
-    document: the prompt. length: positions of what comes next (an image with what stands in one block with it; 0 for
-    text). lead: those of them before the image's own.
+    block: an image's positions, still empty, with all that stands in one block with them; without any, text is next.
     """
 
-    document: Document
-    length: int = 0
-    lead: int = 0
+    prompt: Document
+    block: Document
+
+    def __len__(self) -> int:
+        return len(self.prompt.tokens) + len(self.block.tokens)
 
 
 class Builder:
@@ -147,23 +148,26 @@ class Builder:
         The other parts are those of `sample`, uncorrupted. Fields that only losses read are left out.
         """
         before, following = cut(self.family.spans(shape), shape.parts[-1].source)
-        draft = self._draft(sample, Outline.of(before), self._front_fields)
+        draft = self._draft(sample, Outline.of(before), self.front_fields)
         self.family.fill(draft, Streams(0, sample.uid, 0))
-        if isinstance(following, Span) and not following.grid:
-            return Opening(_document(draft))
-        block = Outline.of([following])
-        return Opening(_document(draft), len(block), int(block.images[0, 0]))
+        text = isinstance(following, Span) and not following.grid
+        block = self._draft(sample, Outline.of([] if text else [following]), self.front_fields)
+        return Opening(_document(draft), _document(block))
+
+    def unconditional(self, image: ImagePart, tokens: int) -> Shape:
+        """An image to be drawn from nothing, where its condition has so many tokens: what condition dropout trains."""
+        pair = Shape((TextPart(0, tokens), replace(image, source=1, loss=True)), task="generation")
+        return next(shape for _, shape in self.family.choices(pair) if not shape.conditioned)
 
     def whole(self, sample: Sample, shape: Shape) -> Document:
         """A finished document as it is read, uncorrupted and without an end."""
-        draft = self._draft(
-            sample, Outline.of(self.family.spans(shape.of(shape.parts, ends=False))), self._front_fields
-        )
+        draft = self._draft(sample, Outline.of(self.family.spans(shape.of(shape.parts, ends=False))), self.front_fields)
         self.family.fill(draft, Streams(0, sample.uid, 0))
         return _document(draft)
 
     @property
-    def _front_fields(self) -> tuple[str, ...]:
+    def front_fields(self) -> tuple[str, ...]:
+        """Those that a prompt has."""
         return tuple(name for name, spec in self.family.fields.items() if FRONT in spec.readers)
 
     def _draft(self, sample: Sample, outline: Outline, names: Sequence[str]) -> Draft:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from megatron_mm.data.shape import ImagePart, Shape, TextPart
 from megatron_mm.documents.builder import DocumentFamily
-from megatron_mm.documents.spans import Block, Span
+from megatron_mm.documents.outline import Outline
+from megatron_mm.documents.spans import Block, Role, Span
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ class MaskTraits:
             for block in _blocks(family.spans(choice))
         ]
         return cls(causal=not blocks, hides_keys=any(block.hidden for block in blocks))
+
+
+def chooses_images(family: DocumentFamily) -> bool:
+    """Whether its models say themselves where an image begins: BOI is predicted between text and image."""
+    image = family.config.image
+    shape = Shape((TextPart(0, 2), ImagePart(1, image.height, image.width), TextPart(2, 2)))
+    outlines = [Outline.of(family.spans(choice)) for weight, choice in family.choices(shape) if weight]
+    return any(p.span.token == family.vocab.boi for outline in outlines for p in outline.predicted(Role.NEXT))
 
 
 def _blocks(items: Iterable[Span | Block]) -> Iterator[Block]:

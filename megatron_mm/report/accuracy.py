@@ -49,7 +49,7 @@ def draw_images(
     if not pairs:
         return []
     prompts = [[TextSegment(model.tokenizer.encode(pair.caption))] for pair in pairs]
-    drawn = generate(model, prompts, "text_to_image", settings)
+    drawn = generate(model, prompts, "image", settings)
     images = [model.codec.decode(first_image(segments).data) for segments in drawn]
     recognised = classifier.classify(np.stack(images)).tolist()
     return [Drawn(*each) for each in zip(pairs, images, recognised, strict=True)]
@@ -58,7 +58,7 @@ def draw_images(
 def write_captions(model: SamplingModel, pairs: Sequence[Pair], settings: SamplingConfig) -> list[Captioned]:
     """A caption for each pair's image."""
     prompts = [[model.read_image(picture_of(pair.image))] for pair in pairs]
-    written = generate(model, prompts, "image_to_text", settings)
+    written = generate(model, prompts, "text", settings)
     return [Captioned(pair, read_text(model.tokenizer, text)) for pair, text in zip(pairs, written, strict=True)]
 
 

@@ -17,28 +17,27 @@ p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.4em 0; }
 """
 
 
-def gallery(title: str, lines: Sequence[dict[str, Any]], given: Path | None) -> str:
+def gallery(title: str, lines: Sequence[dict[str, Any]]) -> str:
     """The page, which lies beside the pictures that it shows.
 
     Args:
-        lines: of samples.jsonl. given: the picture that leads every prompt; it is put into the page itself.
+        lines: of samples.jsonl. Pictures that were given are put into the page itself.
     """
-    picture = f'<img alt="given" src="{_inline(given)}">' if given else ""
-    articles = [_article(line, picture if line["image"] else "") for line in lines]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    body = f"<h1>{escape(title)}</h1>\n{''.join(articles)}"
+    body = f"<h1>{escape(title)}</h1>\n{''.join(_article(line) for line in lines)}"
     return f"<!doctype html>\n<html><head>{head}</head>\n<body>{body}</body></html>\n"
 
 
-def _article(line: dict[str, Any], picture: str) -> str:
+def _article(line: dict[str, Any]) -> str:
+    heading = escape(" ".join(part["text"] for part in line["prompt"] if "text" in part))
+    given = "".join(f'<img alt="given" src="{_inline(Path(p["image"]))}">' for p in line["prompt"] if "image" in p)
     parts = [
         f"<p>{escape(part['text'])}</p>"
         if "text" in part
         else f'<img alt="{escape(part["image"])}" src="{escape(part["image"])}">'
         for part in line["segments"]
     ]
-    heading = f"{escape(line['prompt'] or '')} <small>#{line['sample']}</small>"
-    return f"<article><h2>{heading}</h2>{picture}\n{''.join(parts)}</article>\n"
+    return f"<article><h2>{heading} <small>#{line['sample']}</small></h2>{given}\n{''.join(parts)}</article>\n"
 
 
 def _inline(path: Path) -> str:

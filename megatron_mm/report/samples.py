@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.report.accuracy import Captioned, Drawn, score
 from megatron_mm.report.sheet import Section, Tile
-from megatron_mm.sampling.generation import generate
+from megatron_mm.sampling.generation import generate, refusal
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.types import ImageSegment, TextSegment
 
@@ -18,7 +18,8 @@ IMAGES_A_CLASS, CAPTIONS = 10, 22
 def write_document(model: SamplingModel, start: str, settings: SamplingConfig) -> list[str | Tile]:
     """A document that starts with the text `start`, its texts and images in order."""
     first = TextSegment(model.tokenizer.encode(start))
-    (rest,) = generate(model, [[first]], "interleaved", settings)
+    write = "auto" if refusal(model, ["auto"]) is None else "image,text,image,text,image"
+    (rest,) = generate(model, [[first]], write, settings)
     parts: list[str | Tile] = [start]
     for segment in rest:
         if isinstance(segment, ImageSegment):

@@ -14,17 +14,18 @@ from megatron_mm.nn.kv_cache import KVCache
 from megatron_mm.parallel.attention import caching
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.stages import through_stages
+from megatron_mm.sampling.held import Held
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.types import Document, Grids, PackedBatch
 
 
 class Decoder:
-    """`lengths` int64 [rows] says how many positions of each row are cached. Used inside `Decoder.open`."""
+    """Used inside `Decoder.open`."""
 
     def __init__(self, model: SamplingModel, rows: int, capacity: int):
         self.model = model
-        self.cache = KVCache(rows, capacity, model.device)
-        self.lengths = np.zeros(rows, dtype=np.int64)
+        self.cache = KVCache(rows, capacity + 1, model.device)  # the last slot takes padding
+        self.held = [Held() for _ in range(rows)]
 
     @classmethod
     @contextmanager
@@ -34,13 +35,19 @@ class Decoder:
         with torch.inference_mode(), caching(model.stage, decoder.cache):
             yield decoder
 
-    def prefill(self, rows: Sequence[int], documents: Sequence[Document]) -> torch.Tensor:
-        """Caches whole documents as the content of `rows`; hidden states [b, D] at each one's last position."""
-        lengths = np.array([len(document.tokens) for document in documents])
+    def read(self, rows: Sequence[int], documents: Sequence[Document]) -> torch.Tensor:
+        """Makes each of `rows` hold its document; hidden states [b, D] at the last positions.
+
+        What a row holds already, in the same place and under the same mask, is not read again.
+        """
+        rest = []
+        for row, document in zip(rows, documents, strict=True):
+            self.held[row].keep(self.held[row].common(document))
+            rest.append(_behind(document, len(self.held[row])))
+        lengths = np.array([len(document.tokens) for document in rest])
         family = self.model.family
         given = {name: spec for name, spec in family.fields.items() if name in documents[0].fields}
-        batch = pack([[d] for d in documents], int(lengths.max()), given, family.vocab.pad, [[0]] * len(documents))
-        self.lengths[rows] = 0
+        batch = pack([[d] for d in rest], int(lengths.max()), given, family.vocab.pad, [[0]] * len(rest))
         hidden = self.forward(rows, batch, keep=lengths)
         return hidden[torch.arange(len(rows)), torch.from_numpy(lengths - 1)]
 
@@ -50,13 +57,15 @@ class Decoder:
 
         The first `keep` positions stay cached, whatever comes next overwrites the others.
         """
-        start = torch.from_numpy(self.lengths[rows])[:, None]
-        slots = start + torch.arange(batch.tokens.shape[1])
+        n = batch.tokens.shape[1]
+        start = torch.tensor([len(self.held[row]) for row in rows])[:, None]
+        slots = start + torch.arange(n)
         meta = batch.meta.clone()
         meta[:, 1] += start
         meta[:, 3] = slots
-        self.cache.place(rows, slots)
-        self.lengths[rows] += keep
+        self.cache.place(rows, slots.clamp(max=self.cache.capacity - 1))
+        for i, (row, count) in enumerate(zip(rows, np.broadcast_to(keep, len(rows)).tolist(), strict=True)):
+            self.held[row].add(batch.tokens[i], meta[i, 1], batch.fields, i, count)
         stage = self.model.stage
         moved = replace(batch, meta=meta).to(self.model.device, stage.config.params_dtype)
         return through_stages(stage, Part.of(moved)).transpose(0, 1)
@@ -72,6 +81,16 @@ class Decoder:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _behind(document: Document, first: int) -> Document:
+    """What follows a document's `first` positions, in coordinates of its own."""
+    images, encoded = (
+        spans[spans[:, 0] >= first] - np.array([first, 0, 0], np.int32) for spans in (document.images, document.encoded)
+    )
+    mask = np.maximum(document.mask[:, first:] - first, 0)
+    fields = {name: values[first:] for name, values in document.fields.items()}
+    return Document(document.uid, document.tokens[first:], mask, fields, images, encoded)
 
 
 def piece(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from megatron_mm.config.generate import MODES, SamplingConfig
+from megatron_mm.config.generate import SamplingConfig, written
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.sampling.chameleon import ChameleonSampler
-from megatron_mm.sampling.janus import JanusSampler
+from megatron_mm.documents.traits import chooses_images
+from megatron_mm.sampling.codes import ChameleonSampler, JanusSampler
+from megatron_mm.sampling.decoding import Decoding
+from megatron_mm.sampling.masked import ShowoSampler
 from megatron_mm.sampling.mmada import MMaDASampler
 from megatron_mm.sampling.model import SamplingModel
-from megatron_mm.sampling.row import Request
+from megatron_mm.sampling.patches import ShowoFlowSampler, TransfusionSampler
+from megatron_mm.sampling.row import AUTO, IMAGE, Request
 from megatron_mm.sampling.sampler import Sampler
-from megatron_mm.sampling.showo import ShowoSampler
-from megatron_mm.sampling.showo_flow import ShowoFlowSampler
-from megatron_mm.sampling.transfusion import TransfusionSampler
 from megatron_mm.sampling.unimoe import UniMoESampler
 from megatron_mm.types import Sample, Segment
 
@@ -35,7 +37,7 @@ Progress = Callable[[int, str], None]
 def generate(
     model: SamplingModel,
     prompts: Sequence[Sequence[Segment]],
-    mode: str,
+    write: str,
     settings: SamplingConfig | None = None,
     progress: Progress = lambda finished, activity: None,
 ) -> list[list[Segment]]:
@@ -45,27 +47,31 @@ def generate(
     the list, and on the sample's number, but not on what it is batched with (up to floating-point rounding).
 
     Args:
-        mode: `text_to_image` adds one image; `image_to_text` adds text up to EOS; `interleaved` adds both up to EOS.
+        write: what, in order: `text` (up to EOS), `image`, several of them as in `text,image,text`, or `auto`: the
+            model says where images begin, up to EOS. Where the context is full, the rest is left out.
         settings: `SamplingConfig()` if None.
 
     Returns:
         The continuations without their prompts, prompt by prompt, and of each prompt its samples in order. Text is
-        TextSegment (ids of `model.tokenizer`), an image ImageSegment (for `model.codec.decode`).
+        TextSegment (ids of `model.tokenizer`; none where it is empty), an image ImageSegment (for
+        `model.codec.decode`).
 
     Raises:
-        ValueError: a mode that is unknown or that the family cannot write, more steps than the model has, a prompt that
-            leaves no room for its continuation.
+        ValueError: something that cannot be written, or not by this family, an option that it does not have, a prompt
+            that leaves no room for its continuation.
     """
-    settings = settings or SamplingConfig()
-    if mode not in MODES:
-        raise ValueError(f"mode={mode} is unknown: use one of {', '.join(MODES)}.")
-    sampler = SAMPLERS[model.family.name]
-    if mode not in sampler.modes:
-        raise ValueError(
-            f"mode={mode} is not what a {model.family.name} model is trained for: use {' or '.join(sampler.modes)}."
-        )
+    settings, kinds = settings or SamplingConfig(), written(write)
+    if problem := refusal(model, kinds):
+        raise ValueError(problem)
+    decoding, told = Decoding.of(settings, model.family.name, getattr(model.config.model, "condition_dropout", 0.0))
+    if told and kinds != ("text",):
+        warnings.warn(told, stacklevel=2)
     requests = [
-        Request(Sample(ordinal, f"Prompt {ordinal + 1}", tuple(prompt)), Streams(settings.seed, ordinal, sample))
+        Request(
+            Sample(ordinal, f"Prompt {ordinal + 1}", tuple(replace(segment, loss=False) for segment in prompt)),
+            kinds,
+            Streams(settings.seed, ordinal, sample),
+        )
         for ordinal, prompt in enumerate(prompts)
         for sample in range(settings.num_samples)
     ]
@@ -73,6 +79,19 @@ def generate(
     for first in range(0, len(requests), settings.batch_size):
         batch = requests[first : first + settings.batch_size]
         report = lambda activity, done=first: progress(done, activity)  # noqa: E731
-        finished += sampler(model, batch, mode, settings, report).run()
+        finished += SAMPLERS[model.family.name](model, batch, decoding, report).run()
     progress(len(finished), "done")
     return finished
+
+
+def refusal(model: SamplingModel, write: Sequence[str]) -> str | None:
+    """Why a model of this family cannot write this, in a sentence; None where it can."""
+    name, draws = model.family.name, len(model.family.terms) > 1
+    if not draws and {IMAGE, AUTO} & {*write}:
+        return f"write={','.join(write)} is not what a {name} model is trained for: it draws no images; use write=text."
+    if AUTO in write and not chooses_images(model.family):
+        return (
+            f"write=auto is not what a {name} model is trained for: it does not say itself where an image begins; say "
+            "what to write, such as write=text,image,text."
+        )
+    return None

@@ -12,39 +12,42 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_mm.nn.diffusion import guide
+from megatron_mm.documents.builder import Opening
+from megatron_mm.sampling.decoder import piece
 from megatron_mm.sampling.remask import least_confident, masked_after
 from megatron_mm.sampling.row import Row
 from megatron_mm.sampling.sampler import Sampler
 from megatron_mm.sampling.text import choose
 
-STEPS = 50
-"""Of an image, where none are given: both papers' own."""
-
 
 class MaskedSampler(Sampler):
     """See `Sampler`."""
 
-    beside_image = 2
+    @abstractmethod
+    def open_images(self, rows: Sequence[Row], openings: Sequence[Opening]) -> list[int]:
+        """Makes ready to read images behind the rows' documents and their twins': the rows of the cache."""
 
     @abstractmethod
-    def code_hidden(self, rows: Sequence[Row], indices: list[int], tokens: np.ndarray) -> torch.Tensor:
-        """Hidden states [b, h * w, D] of the images of `rows`, whose tokens (codes and masks) are int64 [b, h * w].
+    def read_blocks(self, indices: Sequence[int], blocks: np.ndarray) -> torch.Tensor:
+        """Hidden states [b, n, D] of images from BOI to EOI, int64 [b, n], behind their documents."""
 
-        `indices` are those of the rows, or of their twins.
-        """
-
-    def draw(self, rows: Sequence[Row]) -> np.ndarray:
-        """Makes the image of each row; returns its tokens int64 [b, h * w]."""
-        n, device = self.image_length, self.model.device
-        steps = min(self.settings.steps or STEPS, n)
+    def draw(self, rows: Sequence[Row], openings: Sequence[Opening]) -> Sequence[np.ndarray]:
+        block = openings[0].block
+        first, h, w = block.images[0].tolist()
+        n, device, mask_id = h * w, self.model.device, self.model.family.mask_id
+        steps = min(self.decoding.steps, n)
         streams = [row.image_stream() for row in rows]
-        tokens = torch.full((len(rows), n), self.model.family.mask_id, device=device)
-        temperature = 1.0
+        indices = self.open_images(rows, openings)
+        blocks = np.tile(block.tokens, (len(rows), 1))
+        tokens = torch.full((len(rows), n), mask_id, device=device)
+        temperature = self.decoding.image_temperature
+        codes = slice(self.vocab.image_start, self.vocab.image_start + self.vocab.image_codes)
         for step in range(steps):
             self.report(f"drawing, step {step + 1} of {steps}")
-            unknown = tokens == self.model.family.mask_id
-            logits = self._logits(rows, tokens.cpu().numpy())
+            unknown = tokens == mask_id
+            blocks[:, first : first + n] = tokens.cpu().numpy()
+            hidden = self.read_blocks(indices, np.tile(blocks, (1 + self.twins, 1)))[:, first : first + n]
+            logits = self.guide(self.decoder.logits(hidden)[..., codes])
             uniforms = torch.from_numpy(np.stack([stream.random((2, n)) for stream in streams])).to(device)
             everything = torch.ones_like(logits[:, 0], dtype=torch.bool).repeat_interleave(n, 0)
             drawn = choose(logits.flatten(0, 1), everything, uniforms[:, 0].flatten(), 1.0, 1.0).view_as(tokens)
@@ -55,21 +58,17 @@ class MaskedSampler(Sampler):
                 gumbel = -torch.log(-torch.log(uniforms[:, 1].clamp(1e-20, 1 - 1e-16)))
                 count = masked_after(step, steps, n)
                 again = least_confident(confidence, unknown, gumbel, temperature, count)
-                tokens[again] = self.model.family.mask_id
-        found = tokens.cpu().numpy()
-        for row, codes in zip(rows, found - self.vocab.image_start, strict=True):
-            row.add_image(codes.reshape(self.model.family.grid))
-        return found
+                tokens[again] = mask_id
+        found = tokens.cpu().numpy() - self.vocab.image_start
+        return found.reshape(-1, h, w)
 
-    def wrapped(self, tokens: np.ndarray) -> np.ndarray:
-        """Images with their BOI and EOI: int64 [b, h * w + 2]."""
-        return np.pad(tokens, ((0, 0), (1, 1)), constant_values=((0, 0), (self.vocab.boi, self.vocab.eoi)))
 
-    def _logits(self, rows: Sequence[Row], tokens: np.ndarray) -> torch.Tensor:
-        """Those of the codes [b, h * w, codes], guided."""
-        codes = slice(self.vocab.image_start, self.vocab.image_start + self.vocab.image_codes)
-        logits = self.decoder.logits(self.code_hidden(rows, self.indices(rows), tokens))[..., codes]
-        if not self.guided:
-            return logits
-        unconditional = self.decoder.logits(self.code_hidden(rows, self.twins(rows), tokens))[..., codes]
-        return guide(logits, unconditional, self.scale)
+class ShowoSampler(MaskedSampler):
+    """The document is cached, and images see it."""
+
+    def open_images(self, rows: Sequence[Row], openings: Sequence[Opening]) -> list[int]:
+        return self.read_all(rows, openings)[0]
+
+    def read_blocks(self, indices: Sequence[int], blocks: np.ndarray) -> torch.Tensor:
+        n = blocks.shape[1]
+        return self.decoder.forward(indices, piece(blocks, np.full(n, n, dtype=np.int32)), keep=0)

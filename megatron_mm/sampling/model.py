@@ -15,7 +15,7 @@ from torch import nn
 from megatron_mm.config.compose import Config, from_dict_config
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.config.validate import validate
-from megatron_mm.data.image_codec import ImageCodec
+from megatron_mm.data.image_codec import ImageCodec, picture_of
 from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.data.sample import read_image
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
@@ -81,6 +81,12 @@ class SamplingModel:
     def from_back(self, compute: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
         """What `compute` makes of the family's back, on every rank."""
         return from_last_stage(self.stage, compute)
+
+    def reread(self, drawn: ImageSegment) -> ImageSegment:
+        """A drawn image as a document holds it that goes on: with the pixels that a vision encoder reads of it."""
+        if self.family.pixels is None:
+            return drawn
+        return replace(drawn, pixels=self.read_image(picture_of(self.codec.decode(drawn.data))).pixels)
 
     def read_image(self, picture: Image.Image) -> ImageSegment:
         """A picture as the model reads it."""

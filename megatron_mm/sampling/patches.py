@@ -1,7 +1,6 @@
-"""Sampling where images are patches in the sequence, denoised in place: what Transfusion and Show-o2 share.
+"""Images of patches that stand in the sequence and are denoised in place: Transfusion and Show-o2.
 
-All rows write text until each has ended or is at BOI; those at BOI are then denoised together. A step overwrites the
-noised patches in the cache, and the finished image is read once more, clean, before text goes on.
+A step overwrites the noised patches in the cache; what follows the finished image reads it once more, clean.
 """
 
 from __future__ import annotations
@@ -12,21 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_mm.nn.diffusion import guide
+from megatron_mm.documents.builder import Opening
+from megatron_mm.nn.flow import UNIT
 from megatron_mm.nn.patch import patchify, unpatchify
 from megatron_mm.sampling.decoder import piece
 from megatron_mm.sampling.row import Row
-from megatron_mm.sampling.sampler import Sampler, column
-from megatron_mm.types import Document, PackedBatch
+from megatron_mm.sampling.sampler import Sampler
+from megatron_mm.types import PackedBatch
 
 
 class PatchSampler(Sampler):
-    """See `Sampler`. `clean`: the time of an image without noise."""
-
-    clean: int
+    """See `Sampler`."""
 
     @abstractmethod
-    def denoise(self, rows: Sequence[Row], x: torch.Tensor) -> torch.Tensor:
+    def denoise(self, indices: Sequence[int], opening: Opening, x: torch.Tensor) -> torch.Tensor:
         """The clean patches of each row's image from noise `x`, float [b, h * w, P]."""
 
     @abstractmethod
@@ -34,57 +32,64 @@ class PatchSampler(Sampler):
         """What the model predicts of patches [B, n, P], from its hidden states."""
 
     @abstractmethod
-    def fields(self, tokens: np.ndarray, patches: torch.Tensor | None, time: int) -> dict[str, torch.Tensor]:
-        """The fields of tokens [b, n], which begin with an image where its patches [b, m, P] are given."""
+    def set_time(self, fields: dict[str, torch.Tensor], time: int, at: slice) -> None:
+        """Says in the fields [b, n] of an image's block, whose patches are `at`, what its time is."""
 
-    def write(self, prompts: Sequence[Document]) -> None:
-        hidden = self.read(self.rows, prompts)
-        if self.draws_at_once:
-            self._draw(self.rows)
-            return
-        rows, hidden = self.rows, hidden[: len(self.rows)]
-        while drawing := self.write_text(rows, hidden):
-            self.decoder.forward(self.indices(drawing), self.batch(column([self.vocab.boi] * len(drawing))), keep=1)
-            x = self._draw(drawing)
-            goes_on = [self.room(row) >= self.image_length + self.before_image + 2 for row in drawing]
-            rows = [row for row, going in zip(drawing, goes_on, strict=True) if going]
-            if not rows:
-                break
-            hidden = self._read_image(rows, x[torch.tensor(goes_on)])
-
-    def guided_prediction(self, rows: Sequence[Row], x: torch.Tensor, time: int) -> torch.Tensor:
-        """What the model predicts of patches `x` [b, h * w, P] at a time, guided; leaves nothing in the cache."""
-        indices = self.indices(rows)
-        if self.guided:
-            indices, x = indices + self.twins(rows), torch.cat([x, x])
-        batch = self.batch(np.full((len(x), self.before_image + x.shape[1]), self.vocab.pad), x, time)
-        hidden = self.decoder.forward(indices, batch, keep=0)
-        predicted = self.predict(hidden, batch.to(self.model.device))[:, self.before_image :].to(x.dtype)
-        return guide(*predicted.chunk(2), self.scale) if self.guided else predicted
-
-    def batch(self, tokens: np.ndarray, patches: torch.Tensor | None = None, time: int = 0) -> PackedBatch:
-        """Tokens [b, n] to come, which begin with an image at some time where its patches [b, m, P] are given."""
-        fields = self.fields(tokens, patches, time)
-        if patches is None:
-            return piece(tokens, fields=fields)
-        b, n = tokens.shape
-        hi = np.arange(1, n + 1, dtype=np.int32)
-        hi[: self.before_image + patches.shape[1]] = self.before_image + patches.shape[1]
-        return piece(tokens, hi, fields, [(row, self.before_image, *self.model.family.grid) for row in range(b)])
-
-    def _draw(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Makes the image of each row; returns their clean patches float [b, h * w, P]."""
-        family, (h, w) = self.model.family, self.model.family.grid
-        image, p = family.config.image, family.config.patch_size
+    def draw(self, rows: Sequence[Row], openings: Sequence[Opening]) -> Sequence[np.ndarray]:
+        image, p = self.model.config.model.image, self.model.config.model.patch_size
         noise = [patchify(row.noise((image.channels, image.height, image.width)), p) for row in rows]
-        x = self.denoise(rows, torch.from_numpy(np.stack(noise)).to(self.model.device))
-        for row, patches in zip(rows, x.cpu().numpy(), strict=True):
-            row.add_image(unpatchify(patches, h, w, p))
+        indices, _ = self.read_all(rows, openings)
+        x = self.denoise(indices, openings[0], torch.from_numpy(np.stack(noise)).to(self.model.device))
+        _, h, w = openings[0].block.images[0].tolist()
+        return [unpatchify(patches, h, w, p) for patches in x.cpu().numpy()]
+
+    def guided_prediction(self, indices: Sequence[int], opening: Opening, x: torch.Tensor, time: int) -> torch.Tensor:
+        """What the model predicts of patches `x` [b, h * w, P] at a time, guided; leaves nothing in the cache."""
+        block = opening.block
+        first, h, w = block.images[0].tolist()
+        at = slice(first, first + h * w)
+        everyone = x.repeat(1 + self.twins, 1, 1)
+        tokens = np.tile(block.tokens, (len(everyone), 1))
+        fields = {name: values.to(self.model.device) for name, values in self.blank_fields(tokens.shape).items()}
+        fields["patches"] = fields["patches"].to(x.dtype)
+        fields["patches"][:, at] = everyone
+        self.set_time(fields, time, at)
+        batch = piece(tokens, block.mask[1], fields, [(row, first, h, w) for row in range(len(everyone))])
+        hidden = self.decoder.forward(indices, batch, keep=0)
+        return self.guide(self.predict(hidden, batch.to(self.model.device))[:, at].to(x.dtype))
+
+
+class TransfusionSampler(PatchSampler):
+    """DDIM steps."""
+
+    def denoise(self, indices: Sequence[int], opening: Opening, x: torch.Tensor) -> torch.Tensor:
+        schedule, limit = self.model.family.schedule, self.model.codec.limit
+        timesteps = schedule.timesteps(min(self.decoding.steps, schedule.num_train_timesteps))
+        for number, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True), 1):
+            self.report(f"denoising, step {number} of {len(timesteps)}")
+            x = schedule.step(x, self.guided_prediction(indices, opening, x, t), t, t_prev, limit)
         return x
 
-    def _read_image(self, rows: Sequence[Row], x: torch.Tensor) -> torch.Tensor:
-        """Caches finished images and their EOI; hidden states [b, D] at EOI."""
-        tokens = np.full((len(rows), self.before_image + self.image_length + 1), self.vocab.pad)
-        tokens[:, -1] = self.vocab.eoi
-        batch = self.batch(tokens, x, self.clean)
-        return self.decoder.forward(self.indices(rows), batch, keep=tokens.shape[1])[:, -1]
+    def predict(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return self.model.from_back(lambda back: back.predict_noise(hidden, batch))
+
+    def set_time(self, fields: dict[str, torch.Tensor], time: int, at: slice) -> None:
+        fields["timestep"][:, at] = time
+
+
+class ShowoFlowSampler(PatchSampler):
+    """Euler steps along the flow."""
+
+    def denoise(self, indices: Sequence[int], opening: Opening, x: torch.Tensor) -> torch.Tensor:
+        times = self.model.family.times.sampling(self.decoding.steps)
+        for number, (time, following) in enumerate(zip(times[:-1], times[1:], strict=True), 1):
+            self.report(f"denoising, step {number} of {len(times) - 1}")
+            x = x + (following - time) / UNIT * self.guided_prediction(indices, opening, x, time)
+        limit = self.model.codec.limit
+        return x if limit is None else x.clamp(-limit, limit)
+
+    def predict(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return self.model.from_back(lambda back: back.predict_velocity(hidden, batch))
+
+    def set_time(self, fields: dict[str, torch.Tensor], time: int, at: slice) -> None:
+        fields["time"][:, at] = fields["clock"][:, at.start - 1] = time

@@ -17,13 +17,10 @@ class Next(IntEnum):
     """Text or EOS."""
     TEXT_OR_IMAGE = 1
     """Text, EOS or BOI."""
-    CODE = 2
-    """An image code."""
-    EOI = 3
 
 
 def grammar(vocab: Vocabulary, width: int, device: torch.device) -> torch.Tensor:
-    """The ids that each `Next` allows: bool [4, width], for logits of `width` entries (vocabulary and padding)."""
+    """The ids that each `Next` allows: bool [2, width], for logits of `width` entries (vocabulary and padding)."""
     codes = slice(vocab.image_start, vocab.image_start + vocab.image_codes)
     allowed = torch.zeros(len(Next), width, dtype=torch.bool)
     text = allowed[Next.TEXT]
@@ -33,8 +30,6 @@ def grammar(vocab: Vocabulary, width: int, device: torch.device) -> torch.Tensor
     text[vocab.eos] = True
     allowed[Next.TEXT_OR_IMAGE] = text
     allowed[Next.TEXT_OR_IMAGE, vocab.boi] = True
-    allowed[Next.CODE, codes] = True
-    allowed[Next.EOI, vocab.eoi] = True
     return allowed.to(device)
 
 

@@ -273,11 +273,11 @@ def generate_both(_init, oracle: Oracle) -> tuple[list, list]:
         )
         theirs.append([token for token in out[0, prompt.shape[1] :].tolist() if token != EOS])
     with SamplingModel.load(oracle.checkpoint) as ours:
-        greedy = SamplingConfig(temperature=0, cfg_scale=2.0, max_new_tokens=6)
-        written = generate(ours, [[TextSegment(np.array(ids))] for ids in texts], "text_to_image", greedy)
+        greedy = SamplingConfig(temperature=0, image_temperature=0, cfg_scale=2.0, max_new_tokens=6)
+        written = generate(ours, [[TextSegment(np.array(ids))] for ids in texts], "image", greedy)
         drawn = [document[0].data.ravel().tolist() for document in written]
         prompts = [[image, TextSegment(np.array(ids))] for image, ids in zip(images, texts, strict=True)]
-        read = generate(ours, prompts, "image_to_text", greedy)
+        read = generate(ours, prompts, "text", greedy)
         return drawn + [[i for s in document for i in s.ids.tolist()] for document in read], theirs
 
 

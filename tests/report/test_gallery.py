@@ -24,14 +24,13 @@ def test_text_stays_text_and_pictures_keep_their_order(tmp_path):
     nasty = "<script>alert('&amp;')</script>"
     lines = [
         {
-            "prompt": nasty,
-            "image": None,
+            "prompt": [{"text": nasty}],
             "sample": 0,
             "segments": [{"image": "a"}, {"text": nasty}, {"image": "b"}],
         },
-        {"prompt": None, "image": "x.jpg", "sample": 1, "segments": [{"text": ""}]},
+        {"prompt": [{"image": str(tmp_path / "x.jpg")}], "sample": 1, "segments": [{"text": ""}]},
     ]
     (tmp_path / "x.jpg").write_bytes(b"abc")
-    read = Reader(gallery("Title", lines, tmp_path / "x.jpg"))
+    read = Reader(gallery("Title", lines))
     assert read.pictures == ["a", "b", "data:image/jpeg;base64,YWJj"]
     assert sum(nasty in word for word in read.words) == 2

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from documents import finished
 from tiny_models import config_for, with_model
 
 from megatron_mm.data.pack import pack
@@ -18,9 +19,12 @@ def documents_of(model):
     """Two documents: text, image, text, of different lengths."""
     rng = np.random.default_rng(1)
     image = (lambda: rng.integers(0, 16, (4, 4))) if model.codec.codes else (lambda: rng.random((1, 8, 8), np.float32))
+    pixels = lambda: rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.pixels else None  # noqa: E731
     text = lambda n: TextSegment(rng.integers(0, 256, n))  # noqa: E731
-    samples = [Sample(i, "", (text(n), ImageSegment(image()), text(m))) for i, (n, m) in enumerate([(3, 9), (7, 4)])]
-    return [model.family.lay_out_prompt(sample) for sample in samples]
+    samples = [
+        Sample(i, "", (text(n), ImageSegment(image(), pixels()), text(m))) for i, (n, m) in enumerate([(3, 9), (7, 4)])
+    ]
+    return [finished(model.family, sample.segments) for sample in samples]
 
 
 def whole_batch(model, documents):
@@ -45,14 +49,14 @@ def read_both_ways(model):
     documents, stage = documents_of(model), model.stage
     batch, firsts = whole_batch(model, documents), [int(d.images[0, 0]) for d in documents]
     lengths = [len(document.tokens) for document in documents]
-    h, w = model.family.grid
+    h, w = documents[0].images[0, 1:].tolist()
     at_once, by_piece, noises = [], [], []
     with torch.inference_mode():
         expected = stage.back.logits(stage.hidden(Part.of(batch.to(model.device))).transpose(0, 1))
     with Decoder.open(model, rows=3, capacity=max(lengths)) as decoder:
         rows = [2, 0]  # not a prefix of the cache's rows, and not in order
         prompts = [prompt_of(document, first) for document, first in zip(documents, firsts, strict=True)]
-        follow = decoder.logits(decoder.prefill(rows, prompts))
+        follow = decoder.logits(decoder.read(rows, prompts))
         for i, first in enumerate(firsts):
             by_piece.append(follow[i])
             at_once.append(expected[i, first - 1])

@@ -1,10 +1,9 @@
 """What `generate` promises: grammar, reproducibility, independence of the batch, exactness against plain loops."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from documents import finished
 from tiny_models import config_for, with_model
 
 from megatron_mm.config.generate import SamplingConfig
@@ -12,9 +11,9 @@ from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
 from megatron_mm.nn.patch import patchify, unpatchify
 from megatron_mm.parallel.context.runtime import Part
-from megatron_mm.sampling.decoder import Decoder
-from megatron_mm.sampling.generation import SAMPLERS, generate
-from megatron_mm.sampling.row import Request, Row
+from megatron_mm.parallel.ops import padded_vocab_size
+from megatron_mm.sampling.decoding import settings_for
+from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.text import Next, choose, grammar
 from megatron_mm.types import ImageSegment, Sample, TextSegment
 
@@ -22,7 +21,16 @@ FAMILIES = ("transfusion", "transfusion_unet", "chameleon", "janus", "showo", "m
 FAST = ("transfusion", "chameleon")
 """Of the fast subset."""
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
-WILD = SamplingConfig(steps=3, temperature=20.0, top_p=1.0, max_new_tokens=60, cfg_scale=1.0)
+WILD = {
+    "steps": 3,
+    "temperature": 20.0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 60,
+    "cfg_scale": 1.0,
+    "image_temperature": 20.0,
+    "image_top_p": 1.0,
+}
 """Nearly uniform over what is allowed, so that images begin by themselves."""
 
 
@@ -30,11 +38,11 @@ def text(*ids):
     return TextSegment(np.array(ids, dtype=np.int64))
 
 
-def prompts_of(model, mode):
+def prompts_of(model, write):
     """Five prompts of different lengths."""
     rng = np.random.default_rng(2)
     texts = [text(*rng.integers(0, 256, n)) for n in (4, 11, 0, 7, 1)]
-    if mode != "image_to_text":
+    if write != "text":
         return [[t] for t in texts]
     image = (lambda: rng.integers(0, 16, (4, 4))) if model.codec.codes else (lambda: rng.random((1, 8, 8), np.float32))
     pixels = (lambda: rng.random((3, 8, 8), np.float32)) if model.family.pixels else lambda: None
@@ -54,34 +62,36 @@ def assert_same(ours, theirs):
             np.testing.assert_allclose(a, b, rtol=0, atol=0 if a.dtype == np.int64 else 1e-4)
 
 
-def batched_and_single(model, mode):
-    prompts = prompts_of(model, mode)
+def batched_and_single(model, write):
+    prompts = prompts_of(model, write)
     settings = {
         "steps": 4,
-        "temperature": 20.0 if mode == "interleaved" else 0.7,
-        "max_new_tokens": 12,
+        "temperature": 20.0 if "," in write or write == "auto" else 0.7,
+        "max_new_tokens": 8,
         "num_samples": 2,
     }
     runs = [
-        generate(model, prompts, mode, SamplingConfig(**settings, batch_size=10)),
-        generate(model, prompts, mode, SamplingConfig(**settings, batch_size=1)),
-        generate(model, prompts[:2], mode, SamplingConfig(**settings)),
-        generate(model, prompts[:2], mode, SamplingConfig(**settings, seed=1)),
+        generate(model, prompts[:count], write, settings_for(model.family.name, **settings, **more))
+        for count, more in ((5, {"batch_size": 10}), (5, {"batch_size": 1}), (2, {}), (2, {"seed": 1}))
     ]
     return [plain(run) for run in runs]
 
 
+def writes_of(family):
+    return ("text", "image", "text,image,text", *(() if family in ("janus", "mmada") else ("auto",)))
+
+
 @pytest.mark.parametrize(
-    ("family", "mode"),
+    ("family", "write"),
     [
-        pytest.param(family, mode, marks=() if family in FAST else pytest.mark.slow)
+        pytest.param(family, write, marks=() if family in FAST else pytest.mark.slow)
         for family in FAMILIES
-        for mode in SAMPLERS[family.partition("_")[0]].modes
+        for write in writes_of(family)
     ],
 )
-def test_batch_changes_nothing_and_seed_everything(family, mode, device, folder):
+def test_batch_changes_nothing_and_seed_everything(family, write, device, folder):
     config = config_for(family, folder)
-    together, alone, fewer, reseeded = with_model(batched_and_single, config, mode, device=device)
+    together, alone, fewer, reseeded = with_model(batched_and_single, config, write, device=device)
     assert len(together) == 10
     assert_same(together, alone)
     assert_same(together[:4], fewer)
@@ -91,11 +101,11 @@ def test_batch_changes_nothing_and_seed_everything(family, mode, device, folder)
 
 def write_wildly(model, seq_length):
     prompts = [[text(*range(i % 7))] for i in range(60)]
-    documents = generate(model, prompts, "interleaved", WILD)
+    documents = generate(model, prompts, "auto", settings_for(model.family.name, **WILD))
     lengths = [sum(len(s.ids) if isinstance(s, TextSegment) else 18 for s in d) for d in documents]
     new = [sum(len(s.ids) for s in d if isinstance(s, TextSegment)) for d in documents]
     assert all(1 + i % 7 + length <= seq_length for i, length in enumerate(lengths))
-    assert max(new) <= WILD.max_new_tokens
+    assert max(new) <= WILD["max_new_tokens"]
     return plain(documents)
 
 
@@ -116,38 +126,24 @@ def test_interleaved_grammar(family, device, folder):
         assert not any(a and b for a, b in zip(texts, texts[1:], strict=False)), "text in two segments"
 
 
-def next_by_room(model):
-    sampler = SAMPLERS[model.family.name](model, [], "interleaved", WILD, print)
-    row = Row(0, Request(Sample(0, "", ()), Streams(0, 0, 0)))
-    sampler.decoder = Decoder(model, 1, 96)
-    kinds = []
-    for room in (18, 17):
-        sampler.decoder.lengths[0] = 96 - room
-        kinds.append(sampler.after_text(row))
-    return kinds
-
-
-def test_image_needs_room_for_boi_and_eoi(folder):
-    assert with_model(next_by_room, config_for("chameleon", folder)) == [Next.TEXT_OR_IMAGE, Next.TEXT]
-
-
 def fills_the_context(model):
-    """Prompts that leave exactly 18 positions (an image, BOI, EOI) or 1."""
-    settings = SamplingConfig(steps=2, temperature=0, cfg_scale=2.0, max_new_tokens=500)
+    """Prompts that leave exactly 17 positions (an image behind its BOI) or 1."""
+    asked = {"steps": 2, "temperature": 0, "image_temperature": 0, "cfg_scale": 2.0, "max_new_tokens": 500}
+    settings = settings_for(model.family.name, **asked)
     long = [[text(*([65] * n))] for n in (96 - 1 - 17, 40)]
-    assert [d[0].data.size for d in generate(model, long, "text_to_image", settings)] in ([64, 64], [16, 16])
-    for mode in ("image_to_text", "interleaved"):
+    assert [d[0].data.size for d in generate(model, long, "image", settings)] in ([64, 64], [16, 16])
+    for write in ("text", "auto", "text,image,text"):
         for n in (94, 60):
-            written = generate(model, [[text(*([65] * n))]], mode, settings)[0]
+            written = generate(model, [[text(*([65] * n))]], write, settings)[0]
             assert sum(len(s.ids) if isinstance(s, TextSegment) else 18 for s in written) <= 96 - 1 - n
     with pytest.raises(ValueError, match="Prompt 2 takes 81 positions and leaves no room for an image"):
-        generate(model, [[text(1)], [text(*([65] * 79))]], "text_to_image", settings)
+        generate(model, [[text(1)], [text(*([65] * 79))]], "image", settings)
     with pytest.raises(ValueError, match="Prompt 1 takes 96 positions and leaves no room for text"):
-        generate(model, [[text(*([65] * 95))]], "image_to_text", settings)
-    with pytest.raises(ValueError, match="mode=banana is unknown"):
+        generate(model, [[text(*([65] * 95))]], "text", settings)
+    with pytest.raises(ValueError, match="write=banana must be text, image, several of them"):
         generate(model, [[text(1)]], "banana", settings)
     with pytest.raises(ValueError, match="Prompt 1' has an image of"):
-        generate(model, [[ImageSegment(np.zeros((3, 5, 5), np.float32))]], "image_to_text", settings)
+        generate(model, [[ImageSegment(np.zeros((3, 5, 5), np.float32))]], "text", settings)
 
 
 @pytest.mark.parametrize("family", ["transfusion", "chameleon"])
@@ -157,7 +153,7 @@ def test_full_context(family, folder):
 
 def at_once(model, sample):
     """Logits [n, V] at every position of a finished document, by one pass without cache; its tokens."""
-    document = model.family.lay_out_prompt(sample)
+    document = finished(model.family, sample.segments)
     fields = {name: model.family.fields[name] for name in document.fields}
     batch = pack([[document]], len(document.tokens), fields, model.family.vocab.pad, [[0]])
     stage = model.stage
@@ -167,33 +163,43 @@ def at_once(model, sample):
 
 
 def replay(model, scale):
-    """Every token of interleaved documents is the one that the whole document's logits and the row's draws give."""
+    """Every token of documents written by `auto` is the one that the whole document's logits and the row's draws
+    give."""
     vocab, images = model.family.vocab, 0
-    settings = replace(WILD, cfg_scale=scale)
-    for ordinal, written in enumerate(generate(model, [[text(7, 8, 9)]] * 24, "interleaved", settings)):
+    settings = settings_for(model.family.name, **{**WILD, "cfg_scale": scale, "image_cfg_scale": 1.0})
+    codes = torch.arange(padded_vocab_size(vocab.size)) - vocab.image_start
+    codes = (codes >= 0) & (codes < vocab.image_codes)
+    for ordinal, written in enumerate(generate(model, [[text(7, 8, 9)]] * 24, "auto", settings)):
         logits, tokens = at_once(model, Sample(0, "", (text(7, 8, 9), *written)))
         if scale != 1:
+            seen = []
             for first, image in zip(np.flatnonzero(tokens == vocab.boi), images_of(written), strict=True):
                 u = at_once(model, Sample(0, "", (image,)))[0][1:17]
-                logits[first : first + 16] = u + scale * (logits[first : first + 16] - u)
+                at = 1 + 18 * len(seen)
+                i = at_once(model, Sample(0, "", (*seen, image)))[0][at : at + 16]
+                logits[first : first + 16] = u + 1.0 * (i - u) + scale * (logits[first : first + 16] - u)
+                seen.append(image)
         allowed = grammar(vocab, logits.shape[1], logits.device)
-        draws, codes = Streams(WILD.seed, ordinal, 0).generator("text"), None
+        draws, inside = Streams(0, ordinal, 0).generator("text"), None
         new = 0
         for position in range(4, len(tokens)):
             token = int(tokens[position])
-            kind = Next.TEXT_OR_IMAGE if 96 - position >= 18 else Next.TEXT
-            if codes is not None:
-                kind = Next.CODE if codes < 16 else Next.EOI
-                codes = None if kind == Next.EOI else codes + 1
+            kind = allowed[Next.TEXT_OR_IMAGE if 96 - position >= 18 else Next.TEXT]
+            if inside is not None:
+                inside += 1
+                if inside > 16:
+                    inside = None
+                    continue  # EOI is not drawn
                 if vocab.image_codes == 0:
-                    continue  # patches and EOI are not drawn
+                    continue  # nor are patches
+                kind = codes.to(kind.device)
             elif token == vocab.boi:
-                codes, images = 0, images + 1
+                inside, images = 0, images + 1
             else:
                 new += 1
             uniform = torch.tensor([draws.random()], dtype=torch.float64, device=model.device)
-            assert choose(logits[position - 1 : position], allowed[kind, None], uniform, 20.0, 1.0).item() == token
-        if len(tokens) < 96 and new < WILD.max_new_tokens:
+            assert choose(logits[position - 1 : position], kind[None], uniform, 20.0, 1.0).item() == token
+        if len(tokens) < 96 and new < WILD["max_new_tokens"]:
             uniform = torch.tensor([draws.random()], dtype=torch.float64, device=model.device)
             kind = Next.TEXT_OR_IMAGE if 96 - len(tokens) >= 18 else Next.TEXT
             assert choose(logits[-1:], allowed[kind, None], uniform, 20.0, 1.0).item() == vocab.eos
@@ -213,8 +219,8 @@ def test_interleaved_equals_replay_without_cache(family, scale, device, folder):
 def guided_image(model):
     """(generated, DDIM over whole sequences without cache), guided with a scale of 2.5."""
     family, stage, settings = model.family, model.stage, SamplingConfig(steps=5, cfg_scale=2.5, seed=3)
-    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
-    documents = [family.lay_out_prompt(Sample(0, "", (*prompt, generated))) for prompt in ([text(1, 2, 3)], [])]
+    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "image", settings)
+    documents = [finished(family, (*prompt, generated)) for prompt in ([text(1, 2, 3)], [])]
     fields = {name: family.fields[name] for name in documents[0].fields}
     noise = Streams(3, 0, 0).generator("image", 0).standard_normal((1, 8, 8), dtype=np.float32)
     x = torch.from_numpy(patchify(noise, 2)).to(model.device)
@@ -242,16 +248,20 @@ def test_guided_diffusion_equals_loop_without_cache(family, device, folder):
 
 
 def guided_codes(model):
-    """Generated codes, and those that guided logits of whole sequences give."""
-    settings = SamplingConfig(cfg_scale=2.5, temperature=0.9, top_p=0.8)
-    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
-    conditional, _ = at_once(model, Sample(0, "", (text(1, 2, 3), generated)))
-    unconditional, _ = at_once(model, Sample(0, "", (generated,)))
-    u = unconditional[1:17]  # behind BOS comes BOI, whose logits are the first code's
-    logits = u + 2.5 * (conditional[4:20] - u)
-    allowed = grammar(model.family.vocab, logits.shape[1], logits.device)[Next.CODE].expand(16, -1)
+    """Generated codes, and those that guided logits of whole sequences give: without a prompt, with its images alone,
+    with all of it."""
+    first = ImageSegment(np.arange(16).reshape(4, 4))
+    settings = SamplingConfig(cfg_scale=2.5, image_cfg_scale=1.7, image_temperature=0.9, image_top_p=0.8)
+    (generated,), *_ = generate(model, [[first, text(1, 2, 3)]], "image", settings)
+    full, _ = at_once(model, Sample(0, "", (first, text(1, 2, 3), generated)))
+    pictures, _ = at_once(model, Sample(0, "", (first, generated)))
+    nothing, _ = at_once(model, Sample(0, "", (generated,)))
+    u = nothing[1:17]  # behind BOS comes BOI, whose logits are the first code's
+    logits = u + 1.7 * (pictures[19:35] - u) + 2.5 * (full[22:38] - u)
+    start = model.family.vocab.image_start
     draws = torch.tensor(Streams(0, 0, 0).generator("text").random(16), device=model.device)
-    expected = choose(logits, allowed, draws, 0.9, 0.8) - model.family.vocab.image_start
+    allowed = torch.ones(16, 16, dtype=torch.bool, device=model.device)
+    expected = choose(logits[:, start : start + 16], allowed, draws, 0.9, 0.8)
     return generated.data.ravel().tolist(), expected.tolist()
 
 

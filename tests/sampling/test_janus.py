@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from documents import finished
 from tiny_models import config_for, with_model
 
 from megatron_mm.config.generate import SamplingConfig
@@ -13,7 +14,7 @@ from megatron_mm.families.janus import DRAWN
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.text import choose
-from megatron_mm.types import ImageSegment, Sample, TextSegment
+from megatron_mm.types import ImageSegment, TextSegment
 
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
 
@@ -24,7 +25,7 @@ def text(*ids):
 
 def code_logits(model, segments, without_prompt):
     """Logits [16, V] of an image's codes, by one pass without cache over a finished document."""
-    document, vocab = model.family.lay_out_prompt(Sample(0, "", segments)), model.family.vocab
+    document, vocab = finished(model.family, segments, drawn=True), model.family.vocab
     if without_prompt:
         first = int(np.flatnonzero(document.fields["kind"] == DRAWN)[0])
         document.tokens[1 : first - 1] = vocab.pad
@@ -39,8 +40,8 @@ def code_logits(model, segments, without_prompt):
 
 def guided_codes(model, scale):
     """Generated codes, and those that (guided) logits of whole sequences give."""
-    settings = SamplingConfig(cfg_scale=scale, temperature=2.0, top_p=0.9)
-    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
+    settings = SamplingConfig(cfg_scale=scale, image_temperature=2.0, image_top_p=0.9)
+    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "image", settings)
     assert generated.pixels is None
     logits = code_logits(model, (text(1, 2, 3), generated), without_prompt=False)
     if scale != 1:
@@ -59,8 +60,8 @@ def test_codes_equal_plain_logits(scale, device, folder):
 
 def greedy_codes(model):
     """By default and by the paper's scale; the default without condition dropout is none."""
-    settings = [SamplingConfig(temperature=0, cfg_scale=scale) for scale in (None, 5.0, 3.0)]
-    return [generate(model, [[text(5, 6, 7, 8)]], "text_to_image", s)[0][0].data.tolist() for s in settings]
+    settings = [SamplingConfig(image_temperature=0, cfg_scale=scale) for scale in (None, 5.0, 3.0)]
+    return [generate(model, [[text(5, 6, 7, 8)]], "image", s)[0][0].data.tolist() for s in settings]
 
 
 def test_guidance_is_the_paper_s_by_default(folder):
@@ -72,10 +73,10 @@ def what_it_writes(model):
     rng = np.random.default_rng(0)
     images = [ImageSegment(np.zeros((4, 4), int), rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32)) for _ in range(2)]
     settings = SamplingConfig(temperature=2.0, max_new_tokens=12)
-    written = [generate(model, [[image, text(9)]], "image_to_text", settings)[0] for image in images]
+    written = [generate(model, [[image, text(9)]], "text", settings)[0] for image in images]
     assert all(isinstance(s, TextSegment) and s.ids.max() < 256 for document in written for s in document)
     with pytest.raises(ValueError, match="Prompt 1 takes 81 positions and leaves no room for an image"):
-        generate(model, [[text(*([65] * 79))]], "text_to_image")
+        generate(model, [[text(*([65] * 79))]], "image")
     return [[s.ids.tolist() for s in document] for document in written]
 
 
@@ -86,14 +87,15 @@ def test_text_depends_on_the_pixels_alone(device, folder):
 
 
 def turns(model):
-    """A greedy interleaved document, and the same by one call a turn, each of which reads all so far anew."""
+    """A greedy document of several turns, and the same by one call a turn, each of which reads all so far anew."""
     model.stage.back.head.weight.data[model.family.vocab.eos] *= -1  # texts end after a few tokens
-    settings = SamplingConfig(temperature=0, cfg_scale=2.0, repetition_penalty=3.0, max_new_tokens=30)
-    (document,) = generate(model, [[text(1, 2)]], "interleaved", settings)
+    greedy = {"temperature": 0, "image_temperature": 0, "repetition_penalty": 3.0}
+    settings = SamplingConfig(**greedy, cfg_scale=2.0, max_new_tokens=8)
+    write = ["image", "text", "image", "text"]
+    (document,) = generate(model, [[text(1, 2)]], ",".join(write), settings)
     so_far, expected = [text(1, 2)], []
-    for turn in range(len(document)):
-        mode = "image_to_text" if turn % 2 else "text_to_image"
-        (segment,) = generate(model, [so_far], mode, settings)[0]
+    for kind in write:
+        (segment,) = generate(model, [so_far], kind, settings)[0]
         expected.append(segment)
         drawn = isinstance(segment, ImageSegment)
         so_far.append(model.read_image(picture_of(model.codec.decode(segment.data))) if drawn else segment)

@@ -83,7 +83,7 @@ def draw_plainly(model, steps, scale):
     """(generated codes, those of the papers' loop)."""
     vocab, mask_id, n = model.family.vocab, model.family.mask_id, 16
     settings = SamplingConfig(steps=steps, cfg_scale=scale, seed=3)
-    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "text_to_image", settings)
+    (generated,), *_ = generate(model, [[text(1, 2, 3)]], "image", settings)
     stream, tokens, temperature = Streams(3, 0, 0).generator("image", 0), np.full(n, mask_id), 1.0
     heads = [[vocab.special["t2i"], vocab.bos, *words, vocab.eos, vocab.boi] for words in ([1, 2, 3], [])]
     for step in range(steps):
@@ -124,7 +124,7 @@ def answer_plainly(model, per_step, unit, block):
     vocab, mask_id = model.family.vocab, model.family.mask_id
     image = ImageSegment(np.arange(16).reshape(4, 4))
     settings = SamplingConfig(temperature=0.0, tokens_per_step=per_step, max_new_tokens=13, block_length=block)
-    (generated,) = generate(model, [[image, text(5, 6)]], "image_to_text", settings)
+    (generated,) = generate(model, [[image, text(5, 6)]], "text", settings)
     codes = (image.data.ravel() + vocab.image_start).tolist()
     head = [vocab.special["mmu"], vocab.boi, *codes, vocab.eoi, vocab.bos, 5, 6]
     x = np.array(head)
@@ -160,15 +160,15 @@ def fills_the_context(model):
     """Prompts that leave exactly room for an image or a block, and one position less."""
     settings = SamplingConfig(steps=2, max_new_tokens=500)
     longest = 96 - 3 - 18
-    assert generate(model, [[text(*([65] * longest))]], "text_to_image", settings)[0][0].data.shape == (4, 4)
+    assert generate(model, [[text(*([65] * longest))]], "image", settings)[0][0].data.shape == (4, 4)
     with pytest.raises(ValueError, match="leaves no room for an image"):
-        generate(model, [[text(*([65] * (longest + 1)))]], "text_to_image", settings)
-    for mode in ("image_to_text", "interleaved"):
+        generate(model, [[text(*([65] * (longest + 1)))]], "image", settings)
+    for write in ("text", "text,image,text"):
         for n in (80, 50):
-            written = generate(model, [[text(*([65] * n))]], mode, settings)[0]
+            written = generate(model, [[text(*([65] * n))]], write, settings)[0]
             assert sum(len(s.ids) if isinstance(s, TextSegment) else 18 for s in written) <= 96 - 1 - n
     with pytest.raises(ValueError, match="leaves no room for text"):
-        generate(model, [[text(*([65] * 95))]], "image_to_text", settings)
+        generate(model, [[text(*([65] * 95))]], "text", settings)
 
 
 @pytest.mark.parametrize("family", ["showo", "mmada"])

@@ -41,7 +41,7 @@ def load_twice(_init_kwargs, config, folder):
         assert len(wanted) > 20 and not loaded.stage.training
     with SamplingModel.load(folder) as again, single_process(CPU):  # leaves and joins, also where a group is there
         settings = SamplingConfig(steps=2, num_samples=3)
-        return differing, [len(d) for d in generate(again, [[]], "text_to_image", settings)]
+        return differing, [len(d) for d in generate(again, [[]], "image", settings)]
 
 
 @pytest.mark.slow

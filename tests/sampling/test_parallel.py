@@ -8,14 +8,14 @@ from tiny_models import config_for
 from tiny_runs import FAMILIES
 
 from megatron_mm.config.compose import to_yaml
-from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups
-from megatron_mm.sampling.generation import SAMPLERS, generate
+from megatron_mm.sampling.decoding import settings_for
+from megatron_mm.sampling.generation import generate, refusal
 from megatron_mm.sampling.model import SamplingModel
 from megatron_mm.types import ImageSegment, TextSegment
 
@@ -36,16 +36,16 @@ def save(init_kwargs, config, folder):
 
 
 def sample(init_kwargs, folder, parallel):
-    """Segments of every mode that the family writes, as lists of numbers."""
-    settings = SamplingConfig(steps=3, max_new_tokens=8, num_samples=2, cfg_scale=2.0)
+    """Segments of all that the family writes, as lists of numbers."""
     with process_groups(parallel, 0, CPU, **init_kwargs), SamplingModel.load(folder, CPU, parallel) as model:
+        settings = settings_for(model.family.name, steps=3, max_new_tokens=8, num_samples=2, cfg_scale=2.0)
         codes, rng = model.codec.codes, np.random.default_rng(0)
         pixels = rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.pixels else None
         image = ImageSegment(rng.integers(0, 16, (4, 4)) if codes else rng.random((1, 8, 8), np.float32), pixels)
         text = TextSegment(np.array([70, 80]))
-        prompts = {"text_to_image": [[text], []], "image_to_text": [[image, text]], "interleaved": [[text]]}
-        modes = SAMPLERS[model.family.name].modes
-        found = [segments for mode in modes for segments in generate(model, prompts[mode], mode, settings)]
+        prompts = {"image": [[text], []], "text": [[image, text]], "text,image,text": [[text]], "auto": [[text]]}
+        writes = [write for write in prompts if refusal(model, write.split(",")) is None]
+        found = [segments for write in writes for segments in generate(model, prompts[write], write, settings)]
     return [
         [(s.ids if isinstance(s, TextSegment) else s.data).ravel().tolist() for s in segments] for segments in found
     ]
