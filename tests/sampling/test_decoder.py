@@ -9,7 +9,7 @@ from tiny_models import config_for, with_model
 from megatron_mm.data.pack import pack
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.sampling.decoder import Decoder
-from megatron_mm.types import Grids, ImageSegment, PackedBatch, Sample, TextSegment
+from megatron_mm.types import Grids, ImageSegment, PackedBatch, TextSegment
 
 FAMILIES = ("transfusion", "transfusion_unet", "chameleon", "chameleon_phi", "janus")
 FP64 = ["train.precision=fp64", "parallel.use_distributed_optimizer=false"]
@@ -21,10 +21,8 @@ def documents_of(model):
     image = (lambda: rng.integers(0, 16, (4, 4))) if model.codec.codes else (lambda: rng.random((1, 8, 8), np.float32))
     pixels = lambda: rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.pixels else None  # noqa: E731
     text = lambda n: TextSegment(rng.integers(0, 256, n))  # noqa: E731
-    samples = [
-        Sample(i, "", (text(n), ImageSegment(image(), pixels()), text(m))) for i, (n, m) in enumerate([(3, 9), (7, 4)])
-    ]
-    return [finished(model.family, sample.segments) for sample in samples]
+    documents = [(text(n), ImageSegment(image(), pixels()), text(m)) for n, m in ((3, 9), (7, 4))]
+    return [finished(model.family, segments) for segments in documents]
 
 
 def whole_batch(model, documents):

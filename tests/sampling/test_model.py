@@ -8,7 +8,6 @@ from distributed import run_ranks
 from tiny_models import config_for
 
 from megatron_mm.config.compose import to_yaml
-from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.engines.checkpoint import Checkpointer, CheckpointError
@@ -16,6 +15,7 @@ from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups, single_process
 from megatron_mm.parallel.init import initialize
+from megatron_mm.sampling.decoding import settings_for
 from megatron_mm.sampling.generation import generate
 from megatron_mm.sampling.model import SamplingModel
 
@@ -40,7 +40,7 @@ def load_twice(_init_kwargs, config, folder):
         differing = [n for n, p in loaded.stage.named_parameters() if not torch.equal(p, wanted[n])]
         assert len(wanted) > 20 and not loaded.stage.training
     with SamplingModel.load(folder) as again, single_process(CPU):  # leaves and joins, also where a group is there
-        settings = SamplingConfig(steps=2, num_samples=3)
+        settings = settings_for(again.family.name, steps=2, num_samples=3)
         return differing, [len(d) for d in generate(again, [[]], "image", settings)]
 
 

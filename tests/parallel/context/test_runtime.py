@@ -41,11 +41,10 @@ def drawn(*overrides: str):
 
 def test_each_stage_gets_what_it_reads():
     config, family, (batch, _) = drawn("train.precision=bf16")
-    everything = {"patches", "noise", "timestep", "labels"}
     for rank, ends, front, back in (
         (0, (True, False), {"patches", "timestep"}, None),
         (1, (False, False), None, None),
-        (2, (False, True), None, everything - {"patches"}),
+        (2, (False, True), None, {"noise", "labels", "term"}),
     ):
         layout = replace(ALONE, pp_size=3, pp_rank=rank)
         part = ContextParallel(config, family, layout).part(batch, CPU)
