@@ -173,10 +173,15 @@ def _has_checkpoint(config: Config) -> bool:
 def _announce(writer: MetricsWriter, engine: MegatronEngine, plan: Plan, ledger: list, iteration: int) -> None:
     config = engine.config
     writer.say(f"> {config.run.name}: {config.model.family} on {engine.device.type}, {engine.layout.describe()}")
-    writer.say(f"> {len(plan.lengths)} documents in {_sources(config.data)}, {len(ledger)} left out (ledger.jsonl)")
+    writer.say(f"> {len(plan.lengths)} documents in {_sources(config.data)}, {_told(ledger)}")
     writer.say("> trainable: {:,} of {:,} parameters".format(*engine.trained_of))
     if iteration:
         writer.say(f"> resuming after iteration {iteration}")
+
+
+def _told(ledger: list[LedgerEntry]) -> str:
+    split = sum("split" in entry.reason for entry in ledger)
+    return f"{len(ledger) - split} left out{f', {split} split' if split else ''} (ledger.jsonl)"
 
 
 def _sources(data: DataConfig) -> str:

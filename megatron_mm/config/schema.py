@@ -146,8 +146,9 @@ class DataConfig:
     seq_length: int = 1024
     window: int = 16384
     """Documents planned at a time: the reach of the shuffle and the bound on the plan's memory."""
-    overlong: str = choice("error", "skip")
-    """A document longer than seq_length: `error` stops before training, `skip` leaves it out, in the ledger."""
+    overlong: str = choice("error", "skip", "split")
+    """A document longer than seq_length: `error` stops before training, `skip` leaves it out, `split` cuts it at
+    segments, and inside a text that is too long itself; in the ledger."""
     num_workers: int = 2
     """Reader threads per rank."""
     prefetch: int = 2

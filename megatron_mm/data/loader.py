@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.balance import deal
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.data.dataset import Layout
+from megatron_mm.data.measure import Layout
 from megatron_mm.data.pack import pack
 from megatron_mm.data.plan import Pack, Plan, Position
 from megatron_mm.data.sample import SampleReader

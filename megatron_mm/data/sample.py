@@ -18,6 +18,7 @@ from megatron_mm.data.chat import PLAIN_CHAT, Chat
 from megatron_mm.data.document import Picture, parse_document
 from megatron_mm.data.image_codec import ImageCodec, square_pixels
 from megatron_mm.data.index import Index
+from megatron_mm.data.pieces import Pieces
 from megatron_mm.data.tokenizer import Tokenizer
 from megatron_mm.types import ImageSegment, Sample, Segment, TextSegment
 
@@ -39,17 +40,22 @@ class SampleReader:
         pixels: ImageConfig | None = None,
         tasks: Sequence[tuple[int, str]] = ((0, "auto"),),
         chat: Chat = PLAIN_CHAT,
+        pieces: Pieces | None = None,
     ):
         self.index, self.tokenizer, self.codec, self.pixels, self.chat = index, tokenizer, codec, pixels, chat
         self._firsts, self._tasks = zip(*tasks, strict=True)
+        self._pieces = pieces
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
 
     def read(self, uid: int) -> Sample:
-        """Sample number `uid` of the index, tokenised and encoded.
+        """Document `uid`, tokenised and encoded: a sample of the index, or a piece of one.
 
         Raises:
             ValueError: the shard changed since it was indexed, or an image cannot be decoded.
         """
+        return self._pieces.read(uid, self._read) if self._pieces else self._read(uid)
+
+    def _read(self, uid: int) -> Sample:
         index = self.index
         members = slice(index.starts[uid], index.starts[uid + 1])
         offsets, sizes = index.offsets[members].tolist(), index.sizes[members].tolist()

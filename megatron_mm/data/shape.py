@@ -84,9 +84,8 @@ class Shape:
     @property
     def pair(self) -> tuple[TextPart, ImagePart] | None:
         """Caption and image of a document that has nothing else, in whatever order, and gives neither."""
-        if len(self.texts) == len(self.images) == 1 and self.texts[0].loss and self.images[0].loss:
-            return self.texts[0], self.images[0]
-        return None
+        whole = self.begins and self.ends and len(self.texts) == len(self.images) == 1
+        return (self.texts[0], self.images[0]) if whole and self.texts[0].loss and self.images[0].loss else None
 
     def of(self, parts: Iterable[Part], **changes: Any) -> Shape:
         """The same with other parts."""

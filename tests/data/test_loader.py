@@ -201,8 +201,6 @@ def test_overlong_documents_stop_or_go_to_the_ledger(tmp_path, layout):
     assert lines[1] | {"uid": 2, "shard": "shard-000000.tar", "length": 71, "reason": "longer than 40"} == lines[1]
     with pytest.raises(ValueError, match="No document is left"):
         open_folder(tmp_path, layout, seq_length=5, overlong="skip")
-    with pytest.raises(ValueError, match="must be 'error' or 'skip'"):
-        open_folder(tmp_path, layout, overlong="drop")
 
 
 def test_an_image_that_cannot_fit_has_its_own_sentence(shards, layout):

@@ -13,8 +13,8 @@ from PIL import Image
 from megatron_mm.benchmark.context.arguments import DATA, Study
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.data.corrupt import Streams
-from megatron_mm.data.dataset import measured
 from megatron_mm.data.index import build_index
+from megatron_mm.data.measure import measured
 from megatron_mm.data.plan import epoch_order
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.shapes import shapes_of
