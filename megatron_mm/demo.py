@@ -26,7 +26,7 @@ from megatron_mm.data.files import replacing
 from megatron_mm.data.loader import StepLoader
 from megatron_mm.documents.builder import Builder
 from megatron_mm.engines.checkpoint import resolve
-from megatron_mm.report.accuracy import draw_images, score, write_captions
+from megatron_mm.report.accuracy import diversity, draw_images, score, write_captions
 from megatron_mm.report.classifier import train_classifier
 from megatron_mm.report.metrics import read_metrics
 from megatron_mm.report.pairs import images_of, labels_of, mnist_splits, of_each_class, read_pairs
@@ -104,6 +104,7 @@ def main(arguments: Sequence[str]) -> None:
         "checkpoint": str(checkpoint),
         **training_summary(rows),
         "generated_images": score(drawn).to_dict() if drawn else None,
+        "diversity": diversity(drawn, held_out) if drawn else None,
         "captions": score(captioned).to_dict(),
         "classifier": Score(right, len(tests)).to_dict(),
         "sampling_seconds": seconds,

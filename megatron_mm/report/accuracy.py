@@ -64,3 +64,24 @@ def write_captions(model: SamplingModel, pairs: Sequence[Pair], settings: Sampli
 
 def score(results: Sequence[Drawn] | Sequence[Captioned]) -> Score:
     return Score(sum(result.right for result in results), len(results))
+
+
+def diversity(drawn: Sequence[Drawn], real: Sequence[Pair]) -> float:
+    """How far images of one class lie from each other, over how far real ones do (mean distance of pixels, classes
+    weighing alike): 1 is as varied as `real`, 0 one picture a class; NaN where no class has two images."""
+    ratios = []
+    for label in sorted({one.pair.label for one in drawn}):
+        generated = _spread([one.image for one in drawn if one.pair.label == label])
+        true = _spread([pair.image for pair in real if pair.label == label])
+        ratios.append(generated / true)
+    return float(np.nanmean(ratios)) if not np.isnan(ratios).all() else float("nan")
+
+
+def _spread(images: Sequence[np.ndarray]) -> float:
+    """The mean distance between two of them; NaN of fewer."""
+    if len(images) < 2:
+        return float("nan")
+    flat = np.stack(images).reshape(len(images), -1).astype(np.float64)
+    norms = (flat**2).sum(1)
+    squared = norms[:, None] + norms - 2 * flat @ flat.T
+    return float(np.sqrt(squared.clip(min=0))[np.triu_indices(len(flat), 1)].mean())

@@ -58,6 +58,7 @@ def describe(summary: Mapping[str, Any], sample_more: str) -> str:
     if drawn:
         judge = f"by a classifier that recognises {100 * classifier.accuracy:.1f} % of real ones"
         figures["generated images recognised"] = f"{drawn}  ({judge})"
+        figures["their diversity"] = f"{summary['diversity']:.2f} of real images' (mean distance within a class)"
     figures |= {
         "captions right": str(captions),
         "pictures": f"samples.png, mask.png, loss.png in {summary['run']}; all figures in summary.json",

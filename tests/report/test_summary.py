@@ -60,6 +60,7 @@ def test_console(rows):
     summary = training_summary(rows) | {
         "run": "runs/demo",
         "generated_images": Score(183, 200).to_dict(),
+        "diversity": 0.871,
         "captions": Score(471, 500).to_dict(),
         "classifier": Score(984, 1000).to_dict(),
     }
@@ -69,6 +70,7 @@ def test_console(rows):
         "text loss 30.000 -> 10.500",
         "image loss 0.250 -> 0.250",
         "generated images recognised 183/200 = 91.5 % (by a classifier that recognises 98.4 % of real ones)",
+        "their diversity 0.87 of real images' (mean distance within a class)",
         "captions right 471/500 = 94.2 %",
         "pictures samples.png, mask.png, loss.png in runs/demo; all figures in summary.json",
         "sample more python -m sample",
