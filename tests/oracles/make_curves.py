@@ -22,7 +22,7 @@ NAMES = (*FAMILIES, "transfusion_unet", "unimoe")
 
 def curves(family: str, folder: Path) -> dict[str, list[float]]:
     """Term -> its loss at each step, and the gradient's norm. `folder` holds `make_shards`."""
-    steps = run_training(overrides_for(family, folder, folder / "run", *FP64))
+    steps = run_training(overrides_for(family, folder, folder / family, *FP64))
     found = {name: [step["losses"][name] for step in steps] for name in steps[0]["losses"]}
     return found | {"grad_norm": [step["grad_norm"] for step in steps]}
 
