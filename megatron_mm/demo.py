@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
         status.update("drawing images")
         scale = config.cfg_scale if config.cfg_scale is not None else 3.0 if model.codec.codes else 5.0
         asked = {"cfg_scale": scale, "steps": config.steps, "batch_size": 100}
-        settings = settings_for(model.family.name, seed=config.seed, **asked)
+        settings = settings_for(run.model.family, seed=config.seed, **asked)
         draws = refusal(model, ["image"]) is None
         wanted = of_each_class(held_out, config.images_per_class) if draws else []
         drawn = draw_images(model, wanted, classifier, settings)

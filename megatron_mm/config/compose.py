@@ -24,6 +24,7 @@ from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.janus import JanusConfig
 from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import ChameleonConfig, TransfusionConfig
+from megatron_mm.config.plugins import family_plugin
 from megatron_mm.config.schema import (
     AttentionConfig,
     CheckpointConfig,
@@ -144,9 +145,18 @@ def _missing_keys(node: Any, prefix: str) -> Iterator[str]:
 
 def _family_default(model: Any) -> ModelConfig:
     family = model.get("family") if isinstance(model, dict) else model
-    if family not in FAMILIES:
-        raise ConfigError(f"model.family={family} is unknown; families: {', '.join(FAMILIES)}.")
-    return FAMILIES[family]()
+    if family in FAMILIES:
+        return FAMILIES[family]()
+    try:
+        plugin = family_plugin(str(family))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if plugin is None:
+        raise ConfigError(
+            f"model.family={family} is unknown; families: {', '.join(FAMILIES)}, or package.module:PLUGIN of your own."
+        )
+    config: ModelConfig = replace(plugin.config(), family=family)
+    return config
 
 
 def build(default: T, node: Any, prefix: str = "") -> T:

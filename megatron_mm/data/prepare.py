@@ -1,4 +1,5 @@
-"""Corpora as shards: python -m megatron_mm.data.prepare {mnist,emoji,folder,html,questions} --out DIR [options].
+"""Corpora as shards: python -m megatron_mm.data.prepare SOURCE --out DIR [options], SOURCE being mnist, emoji, folder,
+html, questions, or a package.module of your own.
 
 Writes DIR/train and DIR/val, the image tokenizers that the source fits (DIR/codebook.npz, DIR/vae.pt), and at last
 the card DIR/dataset.json (counts, options, licence). With the card in place a second call does nothing; `--force`
@@ -14,16 +15,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
+from megatron_mm.config import plugins
+from megatron_mm.config.plugins import find
 from megatron_mm.data.files import replacing
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.sources.base import Source
 
 SOURCES = ("mnist", "emoji", "folder", "html", "questions")
-"""Modules of `megatron_mm.data.sources`, each with `add_arguments(parser)` and `load(args) -> Source`."""
+"""Modules of `megatron_mm.data.sources`, each with `add_arguments(parser)` and `load(args) -> Source`, as a user's own
+has them (an import path, or an entry point of the group megatron_mm.sources)."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,12 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: the source's packages are missing, or the folder was prepared with other options.
     """
     parser = argparse.ArgumentParser(prog="python -m megatron_mm.data.prepare", add_help=False)
-    parser.add_argument("source", choices=SOURCES)
+    parser.add_argument("source", help=f"{', '.join(SOURCES)}, or package.module of your own")
     known, rest = parser.parse_known_args(argv)
-    try:
-        source = importlib.import_module(f"megatron_mm.data.sources.{known.source}")
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{known.source} needs the package {error.name}: pip install 'megatron_mm[demo]'.") from error
+    source = _module(known.source)
     parser = argparse.ArgumentParser(prog=f"{parser.prog} {known.source}", description=source.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--force", action="store_true", help="write again what is already there")
@@ -46,6 +48,22 @@ def main(argv: list[str] | None = None) -> None:
     options = {name: str(value) for name, value in vars(args).items() if name not in ("out", "force")}
     if args.force or not _complete(args.out, known.source, options):
         write_dataset(args.out, source.load(args), known.source, options)
+
+
+def _module(name: str) -> Any:
+    """The module of a source.
+
+    Raises:
+        ValueError: there is none of this name, or its packages are missing.
+    """
+    if name not in SOURCES:
+        if (own := find(plugins.SOURCES, name)) is None:
+            raise ValueError(f"{name} is no source: use {', '.join(SOURCES)}, or package.module of your own.")
+        return own
+    try:
+        return importlib.import_module(f"megatron_mm.data.sources.{name}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} needs the package {error.name}: pip install 'megatron_mm[demo]'.") from error
 
 
 def write_dataset(out: Path, source: Source, kind: str, options: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_mm.config.compose import ModelConfig
+from megatron_mm.config.plugins import family_plugin
 from megatron_mm.families.base import Family
 from megatron_mm.families.chameleon import Chameleon
 from megatron_mm.families.janus import Janus
@@ -31,6 +32,9 @@ def build_family(model: ModelConfig, text_vocab_size: int) -> Family:
     Raises:
         ValueError: the name is unknown, or the family refuses its configuration.
     """
-    if model.family not in FAMILIES:
-        raise ValueError(f"Unknown model.family={model.family}: use one of {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[model.family](model, text_vocab_size)
+    if model.family in FAMILIES:
+        return FAMILIES[model.family](model, text_vocab_size)
+    if plugin := family_plugin(model.family):
+        family: Family = plugin.family(model, text_vocab_size)
+        return family
+    raise ValueError(f"Unknown model.family={model.family}: use one of {', '.join(sorted(FAMILIES))}.")

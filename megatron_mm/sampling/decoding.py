@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_mm.config.compose import ModelConfig
 from megatron_mm.config.generate import SamplingConfig
+from megatron_mm.config.plugins import family_plugin
 
 TEXT = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0}
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
@@ -28,10 +30,18 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 (1 + w) c - w u."""
 
 
+def options_of(family: str) -> Mapping[str, float]:
+    """The options that a family has, with its defaults; `family` as in `model.family`."""
+    if family in PUBLISHED:
+        return PUBLISHED[family]
+    plugin = family_plugin(family)
+    return plugin.decoding if plugin else {}
+
+
 def settings_for(family: str, **asked: Any) -> SamplingConfig:
     """Settings with what is `asked`, but for options that the family does not have."""
     shared = {field.name for field in fields(SamplingConfig)} - {field.name for field in fields(Decoding)}
-    has = {*PUBLISHED[family], *shared, "max_new_tokens"}
+    has = {*options_of(family), *shared, "max_new_tokens"}
     return SamplingConfig(**{name: value for name, value in asked.items() if name in has})
 
 
@@ -56,27 +66,28 @@ class Decoding:
         return self.cfg_scale != 1.0
 
     @classmethod
-    def of(cls, settings: SamplingConfig, family: str, condition_dropout: float) -> tuple[Decoding, str]:
-        """What `settings` mean for a family that was trained with this condition dropout; and what a user should know
-        of its guidance, or an empty text.
+    def of(cls, settings: SamplingConfig, model: ModelConfig) -> tuple[Decoding, str]:
+        """What `settings` mean for a model; and what a user should know of its guidance, or an empty text.
 
         Raises:
             ValueError: an option that the family does not have.
         """
-        published = PUBLISHED[family]
+        options = options_of(model.family)
         given = {field.name: getattr(settings, field.name) for field in fields(cls)}
         asked = {name: value for name, value in given.items() if value is not None and name != "max_new_tokens"}
-        for name in asked.keys() - published.keys():
-            raise ValueError(f"{name}={asked[name]} does nothing in a {family} model: leave it out.")
-        values = {**published, **asked, "max_new_tokens": settings.max_new_tokens}
+        for name in asked.keys() - options.keys():
+            raise ValueError(f"{name}={asked[name]} does nothing in a {model.family} model: leave it out.")
+        values = {**options, **asked, "max_new_tokens": settings.max_new_tokens}
         told = ""
-        if "cfg_scale" in published and "image_cfg_scale" not in published and not condition_dropout:
-            if "cfg_scale" not in asked:
-                values["cfg_scale"] = 1.0
-                told = "images are drawn without guidance: the model was trained with model.condition_dropout=0"
-            elif asked["cfg_scale"] != 1.0:
-                told = (
-                    f"cfg_scale={asked['cfg_scale']} guides away from what the model never saw: it was trained with "
-                    "model.condition_dropout=0"
-                )
+        # Chameleon's own guidance goes without: it compares with images alone as well.
+        trained = getattr(model, "condition_dropout", 1.0) > 0 or "image_cfg_scale" in options
+        if "cfg_scale" in options and not trained:
+            values["cfg_scale"] = asked.get("cfg_scale", 1.0)
+            told = (
+                "images are drawn without guidance"
+                if values["cfg_scale"] == 1.0
+                else (f"cfg_scale={asked['cfg_scale']} guides away from what the model never saw")
+            )
+            told += ": it was trained with model.condition_dropout=0"
+            told = "" if asked.get("cfg_scale") == 1.0 else told
         return cls(**values), told  # type: ignore[arg-type]

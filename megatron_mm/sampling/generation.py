@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_mm.config.generate import SamplingConfig, written
+from megatron_mm.config.plugins import family_plugin
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.documents.traits import chooses_images
 from megatron_mm.sampling.codes import ChameleonSampler, JanusSampler
@@ -63,7 +64,8 @@ def generate(
     settings, kinds = settings or SamplingConfig(), written(write)
     if problem := refusal(model, kinds):
         raise ValueError(problem)
-    decoding, told = Decoding.of(settings, model.family.name, getattr(model.config.model, "condition_dropout", 0.0))
+    sampler = sampler_of(model)
+    decoding, told = Decoding.of(settings, model.config.model)
     if told and kinds != ("text",):
         warnings.warn(told, stacklevel=2)
     requests = [
@@ -79,9 +81,23 @@ def generate(
     for first in range(0, len(requests), settings.batch_size):
         batch = requests[first : first + settings.batch_size]
         report = lambda activity, done=first: progress(done, activity)  # noqa: E731
-        finished += SAMPLERS[model.family.name](model, batch, decoding, report).run()
+        finished += sampler(model, batch, decoding, report).run()
     progress(len(finished), "done")
     return finished
+
+
+def sampler_of(model: SamplingModel) -> type[Sampler]:
+    """The sampler of a model's family.
+
+    Raises:
+        ValueError: a family of a user's own brings none.
+    """
+    name = model.config.model.family
+    plugin = None if name in SAMPLERS else family_plugin(name)
+    sampler: type[Sampler] | None = plugin.sampler if plugin else SAMPLERS[name]
+    if sampler is None:
+        raise ValueError(f"model.family={name} brings no sampler: give its FamilyPlugin one.")
+    return sampler
 
 
 def refusal(model: SamplingModel, write: Sequence[str]) -> str | None:
