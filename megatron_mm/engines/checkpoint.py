@@ -32,6 +32,10 @@ from megatron_mm.nn.lora import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2
+"""Of checkpoints. 1, which has no number, is the same but for the order in which a document's choices are drawn: its
+weights and place in the data are read, a resumed run draws anew."""
+
 TRACKER = "latest_checkpointed_iteration.txt"
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -72,8 +76,18 @@ def resolve(folder: str | Path) -> Path:
 
 
 def common_state(folder: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself without its tensors: `iteration`, `config` (YAML), `data_state`, ..."""
-    return read_common(resolve(folder))
+    """What a checkpoint says of itself without its tensors: `iteration`, `config` (YAML), `data_state`, ...
+
+    Raises:
+        CheckpointError: it is missing or corrupt, or of a later format.
+    """
+    path = resolve(folder)
+    common = read_common(path)
+    if (version := common.get("format_version", 1)) > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}, of a later megatron_mm; this one reads up to {FORMAT}: update it."
+        )
+    return common
 
 
 def load_weights(models: list, folder: str | Path) -> None:
@@ -185,6 +199,7 @@ class Checkpointer:
             "optimizer": optimizer,
             "schedule": self.engine.schedule.state_dict(),
             "distributed_optimizer": self.engine.config.parallel.use_distributed_optimizer,
+            "format_version": FORMAT,
         }
 
     def _prepare(self, path: Path) -> str | None:

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_mm.config.schema import ParallelConfig
-from megatron_mm.engines.checkpoint import CheckpointError, common_state, load_weights, resolve
+from megatron_mm.engines.checkpoint import FORMAT, CheckpointError, common_state, load_weights, resolve
 from megatron_mm.engines.derived import checkpoint_config
 from megatron_mm.engines.reading import read_common, read_shapes, read_tensors
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
@@ -169,3 +169,11 @@ def test_what_is_no_checkpoint_is_named(file, content, checkpoint):
     read = read_common if file == "common.pt" else read_shapes
     with pytest.raises(CheckpointError, match=r"iter_0000000 is corrupt: .+\. Load an older iter_\* folder\.$"):
         read(checkpoint)
+
+
+def test_a_later_format_is_refused_and_the_first_one_read(checkpoint):
+    common = read_common(checkpoint)
+    assert "format_version" not in common and common_state(checkpoint).keys() == common.keys()
+    torch.save({**common, "format_version": FORMAT + 1}, checkpoint / "common.pt")
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}, of a later megatron_mm; .* up to {FORMAT}"):
+        common_state(checkpoint)

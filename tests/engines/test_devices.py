@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -44,7 +45,8 @@ def test_every_family_trains(family, device, shards, tmp_path):
             assert step["counts"] == true["counts"] and not step["skipped"] and math.isfinite(step["grad_norm"])
             assert (step["pairs"] is None) == (device.type == "cpu")
         assert steps[0]["grad_norm"] == pytest.approx(truth[0]["grad_norm"], rel=5 * tolerance)
-        assert steps[-1]["loss"] < 0.97 * steps[0]["loss"]
+        first, last = (np.mean([step["loss"] for step in part]) for part in (steps[:3], steps[-3:]))
+        assert last < 0.97 * first, "means, since a masked text weighs 1 / p"
 
 
 @pytest.mark.slow
