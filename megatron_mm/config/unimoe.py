@@ -22,8 +22,6 @@ class UniMoEConfig:
     vocab_size: int | None = None
     """Entries of the text vocabulary; null means just what tokenizer and specials need."""
 
-    condition_dropout = 0.0  # not a key: nothing is drawn from a caption
-
     @property
     def image(self) -> ImageConfig:
         """An image as the encoder reads it."""

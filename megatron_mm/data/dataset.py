@@ -112,9 +112,9 @@ def _fit(index: Index, documents: Measured, data: DataConfig, image: ImageConfig
     lengths, samples = documents.lengths, documents.samples
     overlong = np.flatnonzero(lengths > data.seq_length)
     split = np.unique(samples[list(documents.cut)]) if documents.cut else np.zeros(0, np.int64)
-    counts, too_long = np.bincount(samples), f"longer than {data.seq_length}"
+    counts, totals, too_long = np.bincount(samples), np.bincount(samples, lengths), f"longer than {data.seq_length}"
     ledger = [
-        _entry(index, sample, int(lengths[samples == sample].sum()), f"{too_long}: split into {counts[sample]}")
+        _entry(index, sample, int(totals[sample]), f"{too_long}: split into {counts[sample]}")
         for sample in split.tolist()
     ]
     if not len(overlong):

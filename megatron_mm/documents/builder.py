@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -72,7 +72,7 @@ class Draft:
     tokens: np.ndarray
     targets: np.ndarray
     predicted: np.ndarray
-    fields: dict[str, np.ndarray] = field(default_factory=dict)
+    fields: dict[str, np.ndarray]
 
     def images(self) -> Iterator[tuple[Place, ImageSegment]]:
         """Every image's place, and its content."""

@@ -78,16 +78,11 @@ class Decoding:
         for name in asked.keys() - options.keys():
             raise ValueError(f"{name}={asked[name]} does nothing in a {model.family} model: leave it out.")
         values = {**options, **asked, "max_new_tokens": settings.max_new_tokens}
-        told = ""
-        # Chameleon's own guidance goes without: it compares with images alone as well.
-        trained = getattr(model, "condition_dropout", 1.0) > 0 or "image_cfg_scale" in options
-        if "cfg_scale" in options and not trained:
-            values["cfg_scale"] = asked.get("cfg_scale", 1.0)
-            told = (
-                "images are drawn without guidance"
-                if values["cfg_scale"] == 1.0
-                else (f"cfg_scale={asked['cfg_scale']} guides away from what the model never saw")
-            )
-            told += ": it was trained with model.condition_dropout=0"
-            told = "" if asked.get("cfg_scale") == 1.0 else told
+        # Chameleon's own guidance goes without dropout: it compares with images alone as well.
+        untrained = getattr(model, "condition_dropout", 1.0) == 0 and "image_cfg_scale" not in options
+        scale, told = asked.get("cfg_scale"), ""
+        if untrained and "cfg_scale" in options and scale != 1.0:
+            values["cfg_scale"] = scale or 1.0
+            what = f"cfg_scale={scale} leads away from what the model never saw" if scale else "images have no guidance"
+            told = f"{what}: it was trained with model.condition_dropout=0"
         return cls(**values), told  # type: ignore[arg-type]
