@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
 def _draw_mask(run: Config, model: SamplingModel, path: Path) -> None:
     """The first pack of the run."""
     builder = Builder(model.family)
-    plan, reader, _ = open_data(run.data, run.model.image, builder, model.tokenizer, run.train.seed)
+    plan, reader, _ = open_data(run.data, run.model, builder, model.tokenizer, run.train.seed)
     loader = StepLoader(plan, reader, builder, run.data, run.train.seed, 1, 1, 0, 1)
     (batch,) = next(loader).batches
     loader.close()

@@ -74,7 +74,7 @@ def open_run(config: Config) -> tuple[Family, Plan, SampleReader, list[LedgerEnt
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     family = build_family(config.model, tokenizer.size)
-    return family, *open_data(config.data, config.model.image, Builder(family), tokenizer, config.train.seed)
+    return family, *open_data(config.data, config.model, Builder(family), tokenizer, config.train.seed)
 
 
 def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal) -> list[StepMetrics]:

@@ -16,7 +16,7 @@ def lay_out(family, sample: Sample, epoch: int = 0, seed: int = 0) -> Document:
 
 def length(family, sample: Sample) -> int:
     """Positions that are planned for a sample."""
-    return builder.Builder(family).length(shape_of(sample, family.config.image))
+    return builder.Builder(family).length(shape_of(sample))
 
 
 def shape_like(family, kinds: str, tokens: int = 5) -> Shape:
@@ -29,7 +29,7 @@ def shape_like(family, kinds: str, tokens: int = 5) -> Shape:
 def finished(family, segments, drawn: bool = False) -> Document:
     """A whole document as sampling reads it; `drawn`: its last segment is an image as it stands while it is drawn."""
     sample = Sample(0, "", tuple(segments))
-    shape = shape_of(sample, family.config.image)
+    shape = shape_of(sample)
     if drawn:
         shape = shape.of([*shape.parts[:-1], replace(shape.parts[-1], drawn=True)])
     return builder.Builder(family).whole(sample, shape)

@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_mm import train
 from megatron_mm.config.compose import ConfigError, compose
 from megatron_mm.data.image_codec import PatchVQCodec
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.demo import main
 from megatron_mm.report.pairs import mnist_splits
@@ -56,7 +57,7 @@ def digits(tmp_path_factory):
         write_shards(folder / "data/mnist" / split, records)
     (folder / "data/mnist/dataset.json").write_text(json.dumps({"kind": "mnist"}))
     codebook = rng.uniform(-1, 1, (256, 16)).astype(np.float32)
-    PatchVQCodec(codebook, 1, 28, 28, 4).save(folder / "data/mnist/codebook.npz")
+    PatchVQCodec(codebook, 1, ImageTransform(28, 28), 4).save(folder / "data/mnist/codebook.npz")
     return folder
 
 

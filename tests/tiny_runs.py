@@ -1,6 +1,8 @@
 """A small real dataset of pictures and text, and runs of tiny models of every family on it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from megatron_mm.train import StopSignal, train
 
 FAMILIES = ("transfusion", "chameleon", "janus", "showo", "mmada", "showo_flow")
 SIDE = 8
+SIZES = ((8, 8), (4, 13), (12, 5), (3, 3), (40, 16))
+"""Of pictures that keep their proportions."""
 COMMON = [
     "run.name=test",
     "data.seq_length=96",
@@ -105,17 +109,25 @@ PHI = [
 MODEL |= {f"{family}_phi": [*MODEL[family], *PHI] for family in FAMILIES}
 
 
-def picture(rng: np.random.Generator) -> Image.Image:
-    return Image.fromarray(rng.integers(0, 256, (SIDE, SIDE), dtype=np.uint8), "L")
+MODEL |= {
+    f"{family}_native": [*MODEL[family], "model.image.transform=native"]
+    for family in ("transfusion", "transfusion_unet", "showo_flow")
+}
 
 
-def make_shards(folder: Path) -> None:
-    """Pairs, captions of many lengths, interleaved documents and plain text, in two shards, and a codebook."""
-    rng = np.random.default_rng(0)
+def picture(rng: np.random.Generator, height: int = SIDE, width: int = SIDE) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8), "L")
+
+
+def make_shards(folder: Path, sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),)) -> None:
+    """Pairs, captions of many lengths, interleaved documents and plain text, in two shards, and a codebook; pictures
+    take turns in `sizes`."""
+    rng, turns = np.random.default_rng(0), cycle(sizes)
     records = []
     for i in range(60):
         caption = "a picture of " + "x" * int(rng.integers(0, 20))
-        kinds = [(caption, picture(rng)), (caption, picture(rng), "then", picture(rng)), (caption * 2,)]
+        one, first, second = (picture(rng, *next(turns)) for _ in range(3))
+        kinds = [(caption, one), (caption, first, "then", second), (caption * 2,)]
         records.append(Record(f"{i:06d}", kinds[i % 3 if i % 5 else 0]))
     write_shards(folder / "train", records, samples_per_shard=40)
     pictures = [picture(rng) for _ in range(20)]

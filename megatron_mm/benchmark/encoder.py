@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     config = compose(["run.name=encoder", *overrides])
     tokenizer = load_tokenizer(config.data.tokenizer)
     family = build_family(config.model, tokenizer.size)
-    plan, _, _ = open_data(config.data, config.model.image, Builder(family), tokenizer, config.train.seed)
+    plan, _, _ = open_data(config.data, config.model, Builder(family), tokenizer, config.train.seed)
     if plan.images is None:
         raise ConfigError(f"model.family={config.model.family} has no encoder that reads these documents' images.")
     lines = list(measure(plan, [int(size) for size in benchmark.ranks.split(",")], benchmark.packs, benchmark.steps))

@@ -46,11 +46,11 @@ class SyntheticSamples:
         return Sample(uid, f"{kind}-{uid}", tuple(segments))
 
     def length(self, sample: Sample) -> int:
-        return Builder(self._family).length(shape_of(sample, self._image))
+        return Builder(self._family).length(shape_of(sample))
 
     def _draw_image(self, rng: np.random.Generator) -> ImageSegment:
-        pixels = self._family.pixels
-        seen = rng.uniform(-1, 1, (3, pixels.height, pixels.width)).astype(np.float32) if pixels else None
+        side = self._family.encoder_side
+        seen = rng.uniform(-1, 1, (3, side, side)).astype(np.float32) if side else None
         if codes := self._family.image_codes:
             return ImageSegment(rng.integers(codes, size=(self._image.height, self._image.width)), seen)
         shape = (self._image.channels, self._image.height, self._image.width)

@@ -32,6 +32,10 @@ class SamplingConfig:
     """Guidance towards the prompt's images alone (Chameleon)."""
     steps: int | None = None
     """Denoising steps of an image."""
+    height: int | None = None
+    """Pixels of an image to be drawn, with width, in a model whose images keep their proportions
+    (model.image.transform=native); null: model.image's."""
+    width: int | None = None
     temperature: float | None = None
     """Of text; 0 always takes the likeliest."""
     top_p: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from megatron_mm.config.fields import choice
 
@@ -122,6 +123,23 @@ class ImageConfig:
     height: int = 32
     """Rows of the grid before patchification (pixels, or the latents of a VAE); for codes, rows of codes."""
     width: int = 32
+    transform: str = choice("crop", "native")
+    """`crop`: a picture is scaled until it just covers that size, and its middle cut out. `native`: it keeps its
+    proportions, and its size up to max_pixels; its sides become multiples of a patch."""
+    max_pixels: int | None = None
+    """Of a picture, with `native`; null means those of height x width."""
+    resample: str = choice("bicubic", "lanczos")
+    """The filter of scaling."""
+
+
+@runtime_checkable
+class PatchedConfig(Protocol):
+    """Of a family that cuts images into patches of `patch_size` x `patch_size`, so that they may have any size."""
+
+    @property
+    def image(self) -> ImageConfig: ...
+    @property
+    def patch_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -174,7 +192,7 @@ class ChameleonConfig:
 
     family: str = "chameleon"
     trunk: TrunkConfig = TrunkConfig(qk_layernorm=True)
-    image: ImageConfig = ImageConfig(channels=3, height=32, width=32)
+    image: ImageConfig = ImageConfig(channels=3, height=32, width=32, resample="lanczos")
     """height and width are the code grid's: an image is height * width codes."""
     image_codes: int = 8192
     vocab_size: int | None = None

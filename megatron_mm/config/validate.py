@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
-from megatron_mm.config.compose import Config, ConfigError
+from megatron_mm.config.compose import Config, ConfigError, ModelConfig
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
-from megatron_mm.config.model import TransfusionConfig
+from megatron_mm.config.model import PatchedConfig, TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.config.unimoe import UniMoEConfig
 
@@ -218,8 +218,7 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         config.checkpoint.async_save and config.checkpoint.save is None,
         "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
     )
-    if isinstance(config.model, TransfusionConfig | ShowoFlowConfig):
-        yield _undivided(config.model)
+    yield from _image_contradictions(config.model)
     if isinstance(config.model, ShowoFlowConfig):
         yield from _showo_flow(config.model)
     if isinstance(config.model, TransfusionConfig):
@@ -242,9 +241,26 @@ def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
         yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
 
 
-def _undivided(model: TransfusionConfig | ShowoFlowConfig) -> tuple[bool, str]:
-    patch, image = model.patch_size, model.image
-    return (
+def _image_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
+    image = model.image
+    yield (
+        image.max_pixels is not None and image.transform != "native",
+        f"model.image.max_pixels={image.max_pixels} does nothing with model.image.transform={image.transform}: set "
+        "that to native, or leave it null.",
+    )
+    if not isinstance(model, PatchedConfig):
+        yield (
+            image.transform == "native",
+            f"model.image.transform=native is for images of patches, but a {model.family} model has codes, all of one "
+            "size: use crop.",
+        )
+        return
+    patch = model.patch_size
+    yield (
+        image.max_pixels is not None and image.max_pixels < patch**2,
+        f"model.image.max_pixels={image.max_pixels} is less than one patch of {patch} x {patch}: raise it.",
+    )
+    yield (
         image.height % patch > 0 or image.width % patch > 0,
         f"model.patch_size={patch} must divide model.image.height={image.height} and model.image.width={image.width}; "
         "change one of them.",

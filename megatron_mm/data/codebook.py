@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 
-from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec
+from megatron_mm.data.image_codec import PatchVQCodec
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.nn.patch import patchify
 
 
@@ -22,12 +23,12 @@ def fit_patch_codebook(
     Raises:
         ValueError: the patch does not divide the image, or there are fewer different patches than codes.
     """
-    codec = PatchVQCodec(np.zeros((codes, channels * patch * patch), np.float32), channels, height, width, patch)
-    pixels = PixelCodec(channels, height, width)
+    transform = ImageTransform(height, width)
+    codec = PatchVQCodec(np.zeros((codes, channels * patch * patch), np.float32), channels, transform, patch)
     # Each different patch counts once, or the background would take most centres; the commonest is the background
     # itself, and stays an exact entry.
     patches, counts = np.unique(
-        np.concatenate([patchify(pixels.encode(image), patch) for image in images]), axis=0, return_counts=True
+        np.concatenate([patchify(codec.pixels.encode(image), patch) for image in images]), axis=0, return_counts=True
     )
     if len(patches) < codes:
         raise ValueError(f"The images have only {len(patches)} different patches, fewer than the {codes} codes wanted.")

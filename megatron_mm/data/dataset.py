@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mm.config.compose import ModelConfig
 from megatron_mm.config.model import ImageConfig
 from megatron_mm.config.schema import DataConfig, SourceConfig
 from megatron_mm.data.blend import Blend
@@ -38,7 +39,7 @@ class LedgerEntry:
 
 
 def open_data(
-    data: DataConfig, image: ImageConfig, layout: Layout, tokenizer: Tokenizer, seed: int
+    data: DataConfig, model: ModelConfig, layout: Layout, tokenizer: Tokenizer, seed: int
 ) -> tuple[Plan, SampleReader, list[LedgerEntry]]:
     """The plan of `data.path` or the blend of `data.sources`, the reader of its samples, and the documents left out as
     too long.
@@ -47,7 +48,7 @@ def open_data(
         ValueError: missing or damaged shards, an image tokenizer that does not fit the model, or documents that do not
             fit into `data.seq_length`.
     """
-    codec, chat = load_image_codec(data, image), Chat.load(data.chat_template, data.learn_turns)
+    codec, chat = load_image_codec(data, model), Chat.load(data.chat_template, data.learn_turns)
     _check_codes(codec, layout, data)
     sources, parts = data.sources or (SourceConfig(str(data.path)),), []
     for number, source in enumerate(sources):
@@ -56,13 +57,13 @@ def open_data(
         if not len(parts[-1]):
             raise ValueError(f"The shards of {key}={source.path} hold no samples.")
     limit = data.seq_length if data.overlong == "split" else None
-    found = [measure(part, source.task, image, layout, limit) for part, source in zip(parts, sources, strict=True)]
+    found = [measure(part, source.task, codec.grid, layout, limit) for part, source in zip(parts, sources, strict=True)]
     index, documents = joined(parts), joined_documents(found, [len(part) for part in parts])
-    ledger = _fit(index, documents, data, image, layout)
+    ledger = _fit(index, documents, data, model.image, layout)
     firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
     tasks = [(first, source.task) for first, source in zip(firsts, sources, strict=False)]
     pieces = Pieces(documents.samples, documents.cut) if documents.cut else None
-    reader = SampleReader(index, tokenizer, codec, layout.pixels, tasks, chat, pieces)
+    reader = SampleReader(index, tokenizer, codec, layout.encoder_side, tasks, chat, pieces)
     lengths, images = documents.lengths, documents.encoded if documents.encoded.any() else None
     if len(sources) == 1:
         return Plan(lengths, data.seq_length, seed, data.window, images), reader, ledger

@@ -14,16 +14,11 @@ import numpy as np
 from PIL import Image
 
 from megatron_mm.data.files import replacing
+from megatron_mm.data.image_transform import ImageTransform, opaque, padded_square
 from megatron_mm.nn.patch import patchify, unpatchify
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels."""
-
-GREY = (127, 127, 127)
-"""Padding of `square_pixels`."""
-
-LEAST_SIDE = 14
-"""A very long picture's short side is stretched to so many pixels (Janus's own)."""
 
 
 class ImageCodec(Protocol):
@@ -37,6 +32,10 @@ class ImageCodec(Protocol):
     @property
     def pixels(self) -> PixelCodec: ...
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of what `encode` makes of a picture of so many pixels."""
+        ...
+
     def encode(self, image: Image.Image) -> np.ndarray:
         """float32 [C, H, W] in [-1, 1], or int64 codes [h, w]."""
         ...
@@ -47,7 +46,7 @@ class ImageCodec(Protocol):
 
 
 class PixelCodec:
-    """Pixels, resized (Lanczos) where the size differs; transparency is laid on white.
+    """Pixels, fitted by `transform`; transparency is laid on white.
 
     Raises:
         ValueError: `channels` is neither 1 nor 3.
@@ -56,20 +55,20 @@ class PixelCodec:
     codes = 0
     limit = 1.0
 
-    def __init__(self, channels: int, height: int, width: int):
+    def __init__(self, channels: int, transform: ImageTransform):
         if channels not in MODES:
             raise ValueError(f"model.image.channels={channels}: pixels have 1 (grey) or 3 (RGB) channels.")
-        self.channels, self.height, self.width = channels, height, width
+        self.channels, self.transform = channels, transform
 
     @property
     def pixels(self) -> PixelCodec:
         return self
 
     def encode(self, image: Image.Image) -> np.ndarray:
-        image = _opaque(image).convert(MODES[self.channels])
-        if image.size != (self.width, self.height):
-            image = image.resize((self.width, self.height), Image.Resampling.LANCZOS)
-        return _to_array(image)
+        return _to_array(self.transform(opaque(image, MODES[self.channels])))
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.transform.size(height, width)
 
     def decode(self, array: np.ndarray) -> np.ndarray:
         pixels = np.clip(np.rint((array.transpose(1, 2, 0) + 1) * 127.5), 0, 255)
@@ -81,25 +80,9 @@ def picture_of(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def square_pixels(image: Image.Image, side: int) -> np.ndarray:
-    """A picture for a vision encoder, float32 [3, side, side] in [-1, 1], by Janus's rule: the longer side becomes
-    `side` (bicubic), the shorter one keeps the proportions and is padded with grey on both ends."""
-    image = _opaque(image).convert("RGB")
-    scale = side / max(image.size)
-    width, height = (max(round(length * scale), min(LEAST_SIDE, side)) for length in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (side, side), GREY)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return _to_array(square)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """With transparency laid on white."""
-    if not image.has_transparency_data:
-        return image
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+def encoder_pixels(image: Image.Image, side: int) -> np.ndarray:
+    """A picture as a vision encoder reads it: float32 [3, side, side] in [-1, 1], padded to a square."""
+    return _to_array(padded_square(opaque(image, "RGB"), side))
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -112,19 +95,22 @@ def _to_array(image: Image.Image) -> np.ndarray:
 class PatchVQCodec:
     """Nearest entries of a codebook of patches.
 
-    codebook float32 [K, C * patch * patch] in [-1, 1], each entry (channel, row, column)-major; images are
-    channels x height x width pixels, so that codes are int64 [height / patch, width / patch].
+    codebook float32 [K, C * patch * patch] in [-1, 1], each entry (channel, row, column)-major; pictures come to be of
+    `transform`'s one size, so that codes are int64 [height / patch, width / patch].
     """
 
     limit = None
 
-    def __init__(self, codebook: np.ndarray, channels: int, height: int, width: int, patch: int):
-        if height % patch or width % patch:
-            raise ValueError(f"Images of {height} x {width} pixels cannot be cut into patches of {patch} x {patch}.")
-        self._pixels = PixelCodec(channels, height, width)
+    def __init__(self, codebook: np.ndarray, channels: int, transform: ImageTransform, patch: int):
+        if transform.height % patch or transform.width % patch:
+            raise ValueError(
+                f"Images of {transform.height} x {transform.width} pixels cannot be cut into patches of {patch} x "
+                f"{patch}."
+            )
+        self._pixels = PixelCodec(channels, transform)
         self.codebook, self.patch = codebook, patch
         self.codes = len(codebook)
-        self.grid = (height // patch, width // patch)
+        self.rows, self.columns = transform.height // patch, transform.width // patch
 
     @property
     def pixels(self) -> PixelCodec:
@@ -135,10 +121,13 @@ class PatchVQCodec:
         # argmin of |c|^2 - 2 x.c, which is |x - c|^2 up to a constant of the patch
         distance = (self.codebook**2).sum(1) - 2 * patches @ self.codebook.T
         codes: np.ndarray = distance.argmin(1).astype(np.int64)
-        return codes.reshape(self.grid)
+        return codes.reshape(self.rows, self.columns)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.rows, self.columns
 
     def decode(self, array: np.ndarray) -> np.ndarray:
-        return self.pixels.decode(unpatchify(self.codebook[array.reshape(-1)], *self.grid, self.patch))
+        return self.pixels.decode(unpatchify(self.codebook[array.reshape(-1)], self.rows, self.columns, self.patch))
 
     def save(self, path: Path) -> None:
         """Write the codebook as npz, whole or not at all."""
@@ -147,14 +136,17 @@ class PatchVQCodec:
                 file,
                 codebook=self.codebook,
                 channels=self.pixels.channels,
-                height=self.pixels.height,
-                width=self.pixels.width,
+                height=self.pixels.transform.height,
+                width=self.pixels.transform.width,
                 patch=self.patch,
             )
 
     @classmethod
-    def load(cls, path: Path) -> PatchVQCodec:
+    def load(cls, path: Path, resample: str = "bicubic") -> PatchVQCodec:
         """
+        Args:
+            resample: as in `ImageTransform`.
+
         Raises:
             ValueError: the file is missing or no codebook.
         """
@@ -162,7 +154,7 @@ class PatchVQCodec:
             raise ValueError(f"data.image_tokenizer={path} is no file. Use 'pixels' or the path of a codebook (*.npz).")
         try:
             with np.load(path) as saved:
-                sizes = {name: int(saved[name]) for name in ("channels", "height", "width", "patch")}
-                return cls(saved["codebook"], **sizes)
+                channels, height, width, patch = (int(saved[name]) for name in ("channels", "height", "width", "patch"))
+                return cls(saved["codebook"], channels, ImageTransform(height, width, resample), patch)
         except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"data.image_tokenizer={path} is not a patch codebook: {error}.") from error

@@ -8,12 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.index import Index
 from megatron_mm.data.pieces import Piece, cut_up
 from megatron_mm.data.shape import Shape
-from megatron_mm.data.shapes import shapes_of
+from megatron_mm.data.shapes import Grid, shapes_of
 from megatron_mm.types import Document, FieldSpec, Sample
 
 
@@ -34,7 +33,7 @@ class Layout(Protocol):
     @property
     def image_codes(self) -> int: ...
     @property
-    def pixels(self) -> ImageConfig | None: ...
+    def encoder_side(self) -> int | None: ...
     def length(self, shape: Shape) -> int: ...
     def encoded_images(self, shape: Shape) -> float: ...
     def lay_out(self, sample: Sample, streams: Streams) -> Document: ...
@@ -57,9 +56,9 @@ class Measured:
     cut: dict[int, Piece]
 
 
-def measure(index: Index, task: str, image: ImageConfig, layout: Layout, limit: int | None) -> Measured:
+def measure(index: Index, task: str, grid: Grid, layout: Layout, limit: int | None) -> Measured:
     """The documents of an index; samples longer than `limit` are cut up, if one is given."""
-    shapes, which = shapes_of(index, task, image)
+    shapes, which = shapes_of(index, task, grid)
     lengths = measured(shapes, which, layout.length).astype(np.int64)
     encoded = measured(shapes, which, layout.encoded_images)
     if limit is None or not (lengths > limit).any():

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.chat import PLAIN_CHAT, Chat
 from megatron_mm.data.document import Picture, parse_document
-from megatron_mm.data.image_codec import ImageCodec, square_pixels
+from megatron_mm.data.image_codec import ImageCodec, encoder_pixels
 from megatron_mm.data.index import Index
 from megatron_mm.data.pieces import Pieces
 from megatron_mm.data.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ OPEN_SHARDS = 256
 
 
 class SampleReader:
-    """Random access to the samples of an index. Safe to share between threads. `pixels` as in `read_image`.
+    """Random access to the samples of an index. Safe to share between threads. `encoder_side` as in `read_image`.
 
     tasks: (first uid, task) of each source in the index, in order.
     """
@@ -37,12 +36,13 @@ class SampleReader:
         index: Index,
         tokenizer: Tokenizer,
         codec: ImageCodec,
-        pixels: ImageConfig | None = None,
+        encoder_side: int | None = None,
         tasks: Sequence[tuple[int, str]] = ((0, "auto"),),
         chat: Chat = PLAIN_CHAT,
         pieces: Pieces | None = None,
     ):
-        self.index, self.tokenizer, self.codec, self.pixels, self.chat = index, tokenizer, codec, pixels, chat
+        self.index, self.tokenizer, self.codec, self.chat = index, tokenizer, codec, chat
+        self.encoder_side = encoder_side
         self._firsts, self._tasks = zip(*tasks, strict=True)
         self._pieces = pieces
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
@@ -80,12 +80,12 @@ class SampleReader:
         return segments, document.get("meta", {})
 
     def _image(self, content: bytes, loss: bool) -> ImageSegment:
-        return replace(read_image(Image.open(io.BytesIO(content)), self.codec, self.pixels), loss=loss)
+        return replace(read_image(Image.open(io.BytesIO(content)), self.codec, self.encoder_side), loss=loss)
 
 
-def read_image(image: Image.Image, codec: ImageCodec, pixels: ImageConfig | None) -> ImageSegment:
-    """A picture as the model reads it; `pixels` is the size for its vision encoder, None where it has none."""
-    return ImageSegment(codec.encode(image), square_pixels(image, pixels.height) if pixels else None)
+def read_image(image: Image.Image, codec: ImageCodec, encoder_side: int | None) -> ImageSegment:
+    """A picture as the model reads it; `encoder_side`: pixels of a side for its vision encoder, if it has one."""
+    return ImageSegment(codec.encode(image), encoder_pixels(image, encoder_side) if encoder_side else None)
 
 
 class _Shard:

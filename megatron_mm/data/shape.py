@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_mm.config.model import ImageConfig
 from megatron_mm.types import Sample, Segment, TextSegment
 
 
@@ -92,14 +91,15 @@ class Shape:
         return replace(self, parts=tuple(parts), **changes)
 
 
-def shape_of(sample: Sample, image: ImageConfig) -> Shape:
-    """The shape of a sample whose images are all of one size."""
-    parts = tuple(part_of(segment, number, image) for number, segment in enumerate(sample.segments))
+def shape_of(sample: Sample) -> Shape:
+    """The shape of a sample."""
+    parts = tuple(part_of(segment, number) for number, segment in enumerate(sample.segments))
     return Shape(parts, sample.task, sample.begins, sample.ends)
 
 
-def part_of(segment: Segment, number: int, image: ImageConfig) -> Part:
+def part_of(segment: Segment, number: int) -> Part:
     """The shape of a sample's segment."""
     if isinstance(segment, TextSegment):
         return TextPart(number, len(segment.ids), segment.loss, ends=segment.ends)
-    return ImagePart(number, image.height, image.width, segment.loss)
+    height, width = segment.data.shape[-2:]
+    return ImagePart(number, height, width, segment.loss)

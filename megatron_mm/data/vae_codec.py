@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,18 +17,29 @@ from rich.progress import track
 
 from megatron_mm.data.files import replacing
 from megatron_mm.data.image_codec import PixelCodec
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.nn.vae import ConvVAE
 
 
 @dataclass(frozen=True)
 class VAEShape:
-    """What a VAE file says of its network: pixels [channels, height, width] and its latents."""
+    """What a VAE file says of its network: the pixels [channels, height, width] that it was trained on, its latents."""
 
     channels: int
     height: int
     width: int
     latents: int
     halvings: int
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a side that become one latent."""
+        return 1 << self.halvings
+
+    @property
+    def transform(self) -> ImageTransform:
+        """Of the pictures that it is trained on."""
+        return ImageTransform(self.height, self.width)
 
 
 class VAECodec:
@@ -43,12 +55,20 @@ class VAECodec:
     def __init__(self, shape: VAEShape, vae: ConvVAE, mean: torch.Tensor, std: torch.Tensor):
         """`mean` and `std` float32 [latents, 1, 1]."""
         self.shape, self.vae, self.mean, self.std = shape, vae.eval().requires_grad_(False), mean, std
-        self._pixels = PixelCodec(shape.channels, shape.height, shape.width)
-        self.grid = (shape.latents, *vae.sizes[-1])
+        self._pixels = PixelCodec(shape.channels, shape.transform)
 
     @property
     def pixels(self) -> PixelCodec:
         return self._pixels
+
+    def fitted(self, transform: ImageTransform) -> VAECodec:
+        """The same for pictures that come to be of other sizes."""
+        codec = copy(self)
+        codec._pixels = PixelCodec(self.shape.channels, transform)
+        return codec
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self.vae.sizes(*self.pixels.grid(height, width))[-1]
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> np.ndarray:
@@ -59,7 +79,8 @@ class VAECodec:
     @torch.inference_mode()
     def decode(self, array: np.ndarray) -> np.ndarray:
         latents = torch.from_numpy(np.asarray(array, dtype=np.float32)) * self.std + self.mean
-        return self.pixels.decode(self.vae.decode(latents[None])[0].numpy())
+        height, width = (side * self.shape.downsampling for side in latents.shape[1:])
+        return self.pixels.decode(self.vae.decode(latents[None], *self.pixels.grid(height, width))[0].numpy())
 
     def save(self, path: Path) -> None:
         """Write shape, statistics and weights, whole or not at all."""
@@ -78,7 +99,7 @@ class VAECodec:
         try:
             saved = torch.load(path, weights_only=True)
             shape = VAEShape(**saved["shape"])
-            vae = ConvVAE(**saved["shape"])
+            vae = ConvVAE(shape.channels, shape.latents, shape.halvings)
             vae.load_state_dict(saved["weights"])
             return cls(shape, vae, saved["mean"], saved["std"])
         except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -100,11 +121,11 @@ def fit_vae(
     Raises:
         ValueError: it did so all the same.
     """
-    codec = PixelCodec(shape.channels, shape.height, shape.width)
+    codec = PixelCodec(shape.channels, shape.transform)
     pixels = torch.from_numpy(np.stack([codec.encode(image) for image in images]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = ConvVAE(**asdict(shape))
+        vae = ConvVAE(shape.channels, shape.latents, shape.halvings)
         optimizer = torch.optim.Adam(vae.parameters())
         for step in track(range(steps), "VAE", disable=not Console().is_terminal):
             for group in optimizer.param_groups:

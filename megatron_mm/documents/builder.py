@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 
 from megatron_mm.config.compose import ModelConfig
-from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.shape import ImagePart, Shape, TextPart, shape_of
 from megatron_mm.documents.choices import Choices
@@ -36,8 +35,9 @@ class DocumentFamily(Protocol):
     vocab: Vocabulary
     image_codes: int
     """Codes of the image tokenizer that the family reads, wherever their ids are; 0: it reads pixels or latents."""
-    pixels: ImageConfig | None
-    """Size of the pictures that a vision encoder reads besides (`ImageSegment.pixels`); None where there is none."""
+    encoder_side: int | None
+    """Pixels of a side of the pictures that a vision encoder reads besides (`ImageSegment.pixels`); None where there is
+    none."""
     terms: tuple[LossTerm, ...]
     fields: dict[str, FieldSpec]
     """`PREDICTED`, and what the family reads of images."""
@@ -112,7 +112,7 @@ class Builder:
     def __init__(self, family: DocumentFamily):
         self.family = family
         self.vocab, self.fields = family.vocab, family.fields
-        self.image_codes, self.pixels = family.image_codes, family.pixels
+        self.image_codes, self.encoder_side = family.image_codes, family.encoder_side
         self._terms = {term.name: number for number, term in enumerate(family.terms)}
 
     def length(self, shape: Shape) -> int:
@@ -120,9 +120,14 @@ class Builder:
         return max(length_of(self.family.spans(choice)) for weight, choice in self.family.choices(shape) if weight)
 
     def encoded_images(self, shape: Shape) -> float:
-        """How many images of a document networks over whole images read, on average over what is drawn."""
+        """How many images of a document networks over whole images read, on average over what is drawn; one of twice
+        `model.image`'s area counts twice."""
+        image = self.family.config.image
+        areas = {part.source: part.height * part.width / (image.height * image.width) for part in shape.images}
         choices = [(weight, Outline.of(self.family.spans(choice))) for weight, choice in self.family.choices(shape)]
-        return sum(weight * len(outline.encoded) for weight, outline in choices)
+        return sum(
+            weight * areas[p.span.source] for weight, outline in choices for p in outline.places if p.span.encoded
+        )
 
     def lay_out(self, sample: Sample, streams: Streams) -> Document:
         """The sample as a sequence, corrupted (noise, masking) by the sample's own streams.
@@ -130,7 +135,7 @@ class Builder:
         Raises:
             ValueError: an image is not what the family's configuration says.
         """
-        choices = self.family.choices(shape_of(sample, self.family.config.image))
+        choices = self.family.choices(shape_of(sample))
         outline = Outline.of(self.family.spans(_draw(choices, streams)))
         draft = self._draft(sample, outline, tuple(self.family.fields))
         self.family.fill(draft, streams)

@@ -27,7 +27,7 @@ class Chameleon:
     """See `Family`."""
 
     name = "chameleon"
-    pixels = None
+    encoder_side = None
 
     def __init__(self, config: ChameleonConfig, text_vocab_size: int) -> None:
         self.config, self.trunk, self.image_codes = config, config.trunk, config.image_codes

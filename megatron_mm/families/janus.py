@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from megatron_mm.config.janus import JanusConfig
-from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.shape import ImagePart, Shape, TextPart
 from megatron_mm.documents.builder import PREDICTED, Draft
@@ -52,7 +51,7 @@ class Janus:
     def __init__(self, config: JanusConfig, text_vocab_size: int) -> None:
         self.config, self.trunk, self.image_codes = config, config.trunk, config.image_codes
         self.vocab = Vocabulary.of(config.vocabulary, text_vocab_size, 0, config.vocab_size)
-        self.pixels = ImageConfig(3, config.encoder.image_size, config.encoder.image_size)
+        self.encoder_side = config.encoder.image_size
         self.terms: tuple[LossTerm, ...] = (
             LossTerm("text", config.text_weight),
             LossTerm("image", config.image_weight),

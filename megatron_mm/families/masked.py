@@ -32,7 +32,7 @@ class MaskedFamily(Generic[ConfigT]):
     """The parts of `Family` that both have. Ids are those of `model.vocabulary`, or else text, specials, T2I, MMU,
     MASK, image codes."""
 
-    pixels = None
+    encoder_side = None
 
     def __init__(self, config: ConfigT, text_vocab_size: int) -> None:
         self.config, self.trunk, self.image_codes = config, config.trunk, config.image_codes

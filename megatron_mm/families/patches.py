@@ -24,19 +24,22 @@ class PatchGrid:
         """Rows and columns of an image's patches."""
         return part.height // self.config.patch_size, part.width // self.config.patch_size
 
+    def latents(self, sample: Sample, segment: ImageSegment) -> np.ndarray:
+        """An image's latents (or pixels), float32 [C, H, W].
 
-def latents_of(sample: Sample, segment: ImageSegment, image: ImageConfig) -> np.ndarray:
-    """An image's latents (or pixels), float32 [C, H, W].
-
-    Raises:
-        ValueError: it is not of the configured size.
-    """
-    if segment.data.shape != (image.channels, image.height, image.width):
-        raise ValueError(
-            f"Sample {sample.key!r} has an image of shape {list(segment.data.shape)}, but model.image says "
-            f"[{image.channels}, {image.height}, {image.width}]. Change model.image or the shards."
-        )
-    return segment.data
+        Raises:
+            ValueError: it is not as configured.
+        """
+        image, shape, p = self.config.image, segment.data.shape, self.config.patch_size
+        native = image.transform == "native"
+        fits = not any(side % p for side in shape[1:]) if native else shape[1:] == (image.height, image.width)
+        if len(shape) != 3 or shape[0] != image.channels or not fits:
+            size = f"multiples of {p}" if native else f"{image.height}, {image.width}"
+            raise ValueError(
+                f"Sample {sample.key!r} has an image of shape {list(shape)}, but model.image says "
+                f"[{image.channels}, {size}]. Change model.image or the shards."
+            )
+        return segment.data
 
 
 def pixels_of(sample: Sample, segment: ImageSegment, side: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from megatron_mm.documents.choices import Choices, drawing_all, drawing_one
 from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
 from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.families.base import LossSums
-from megatron_mm.families.patches import PatchGrid, latents_of
+from megatron_mm.families.patches import PatchGrid
 from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.flow import UNIT, FlowTimes, interpolate
 from megatron_mm.nn.flow_head import FlowHead, Fusion, SemanticLayers
@@ -55,15 +55,13 @@ class ShowoFlow(PatchGrid):
 
     name = "showo_flow"
     image_codes = 0
-    pixels = None
+    encoder_side = None
 
     config: ShowoFlowConfig
 
     def __init__(self, config: ShowoFlowConfig, text_vocab_size: int) -> None:
         self.config, self.trunk = config, config.trunk
         self.vocab = Vocabulary.after_text(text_vocab_size)
-        h, w = self.grid(config.image)
-        self.times = FlowTimes(h * w, config.time_shift)
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", config.ntp_weight), LossTerm("image", config.flow_weight))
         self.fields = PREDICTED | {
             "patches": FieldSpec("float32", (self.patch_dim,), 0.0, (FRONT,)),
@@ -71,6 +69,10 @@ class ShowoFlow(PatchGrid):
             "time": FieldSpec("int32", (), NO_TIME, (FRONT, BACK)),
             "clock": FieldSpec("int32", (), NO_TIME, (FRONT,)),
         }
+
+    def times(self, positions: int) -> FlowTimes:
+        """Of images of so many patches."""
+        return FlowTimes(positions, self.config.time_shift)
 
     def choices(self, shape: Shape) -> Choices:
         if self.config.clean_context and not shape.pair:
@@ -88,10 +90,10 @@ class ShowoFlow(PatchGrid):
 
     def fill(self, draft: Draft, streams: Streams) -> None:
         for number, (place, segment) in enumerate(draft.images()):
-            x1 = latents_of(draft.sample, segment, self.config.image)
+            x1 = self.latents(draft.sample, segment)
             time, x0 = UNIT, x1
             if place.span.role is Role.IN_PLACE:
-                time = self.times.draw(streams.generator("time", number))
+                time = self.times(place.span.length).draw(streams.generator("time", number))
                 x0 = streams.generator("noise", number).standard_normal(x1.shape, dtype=np.float32)
                 draft.fields["velocity"][place.at] = patchify(x1 - x0, self.config.patch_size)
             draft.fields["patches"][place.at] = patchify(interpolate(x1, x0, time), self.config.patch_size)

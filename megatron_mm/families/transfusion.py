@@ -30,7 +30,7 @@ from megatron_mm.documents.choices import Choices, drawing_all
 from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
 from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.families.base import LossSums
-from megatron_mm.families.patches import PatchGrid, latents_of
+from megatron_mm.families.patches import PatchGrid
 from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
@@ -54,7 +54,7 @@ class Transfusion(PatchGrid):
 
     name = "transfusion"
     image_codes = 0
-    pixels = None
+    encoder_side = None
 
     config: TransfusionConfig
 
@@ -81,7 +81,7 @@ class Transfusion(PatchGrid):
 
     def fill(self, draft: Draft, streams: Streams) -> None:
         for number, (place, segment) in enumerate(draft.images()):
-            x, t = latents_of(draft.sample, segment, self.config.image), 0
+            x, t = self.latents(draft.sample, segment), 0
             if place.span.reading != CLEAN:
                 t = self._draw_timestep(streams, number, place.span.reading)
                 noise = streams.generator("noise", number).standard_normal(x.shape, dtype=np.float32)

@@ -38,7 +38,7 @@ class UniMoE:
     image_codes = 0
 
     def __init__(self, config: UniMoEConfig, text_vocab_size: int) -> None:
-        self.config, self.trunk, self.pixels = config, config.trunk, config.image
+        self.config, self.trunk, self.encoder_side = config, config.trunk, config.encoder.image_size
         self.vocab = Vocabulary.after_text(text_vocab_size, size=config.vocab_size)
         self.terms: tuple[LossTerm, ...] = (LossTerm("text", 1.0),)
         patch = FieldSpec("float32", (3 * config.encoder.patch_size**2,), 0.0, (FRONT,))

@@ -20,12 +20,13 @@ class SemanticLayers(nn.Module):
     """Patches [B, S, P] -> what they mean [B, S, W], by SigLIP's layers over each image; zero outside images.
 
     Args:
-        config: transformers' SiglipVisionConfig.
+        grid: rows and columns of the places that are learnt, between which those of an image of another grid are
+            interpolated. config: transformers' SiglipVisionConfig.
     """
 
     def __init__(self, patch_dim: int, grid: tuple[int, int], config: Any) -> None:
         super().__init__()
-        self.width = config.hidden_size
+        self.width, self.grid = config.hidden_size, grid
         self.embed = linear(patch_dim, self.width)
         self.position = nn.Parameter(torch.zeros(grid[0] * grid[1], self.width))
         self.layers = adopt(siglip().SiglipEncoder(config))
@@ -34,7 +35,16 @@ class SemanticLayers(nn.Module):
         return over_images(self._read, [patches], images, self.width, self)
 
     def _read(self, grids: torch.Tensor) -> torch.Tensor:
-        return self.layers(inputs_embeds=self.embed(grids.flatten(1, 2)) + self.position).last_hidden_state
+        places = self._places(*grids.shape[1:3])
+        return self.layers(inputs_embeds=self.embed(grids.flatten(1, 2)) + places).last_hidden_state
+
+    def _places(self, h: int, w: int) -> torch.Tensor:
+        """Embeddings of the places of h x w patches [h * w, W]."""
+        if (h, w) == self.grid:
+            return self.position
+        learnt = self.position.view(1, *self.grid, -1).movedim(-1, 1)
+        between = F.interpolate(learnt, (h, w), mode="bicubic", align_corners=False)
+        return between.movedim(1, -1).flatten(0, 2)
 
 
 class Fusion(nn.Module):

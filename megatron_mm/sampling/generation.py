@@ -68,11 +68,13 @@ def generate(
     decoding, told = Decoding.of(settings, model.config.model)
     if told and kinds != ("text",):
         warnings.warn(told, stacklevel=2)
+    grid = model.grid_to_draw(settings.height, settings.width)
     requests = [
         Request(
             Sample(ordinal, f"Prompt {ordinal + 1}", tuple(replace(segment, loss=False) for segment in prompt)),
             kinds,
             Streams(settings.seed, ordinal, sample),
+            grid,
         )
         for ordinal, prompt in enumerate(prompts)
         for sample in range(settings.num_samples)

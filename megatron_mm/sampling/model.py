@@ -71,7 +71,7 @@ class SamplingModel:
     def build(cls, config: Config, device: torch.device) -> SamplingModel:
         """This rank's part of the model that `config` describes, within the process groups of `config.parallel`."""
         tokenizer = load_tokenizer(config.data.tokenizer)
-        codec = load_image_codec(config.data, config.model.image)
+        codec = load_image_codec(config.data, config.model)
         family = build_family(config.model, tokenizer.size)
         # Where the cache is not in use (tests), any backend does; the run's own may not run on this device.
         core = transformer_config(family.trunk, config.parallel, config.train, "reference", lora=config.lora)
@@ -82,12 +82,32 @@ class SamplingModel:
         """What `compute` makes of the family's back, on every rank."""
         return from_last_stage(self.stage, compute)
 
+    def grid_to_draw(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Rows and columns, in the unit of `model.image`, of images to be drawn in so many pixels; None: as configured.
+
+        Raises:
+            ValueError: the model has no images of that size.
+        """
+        image, asked = self.config.model.image, f"height={height} width={width}"
+        if height is None and width is None:
+            return image.height, image.width
+        if image.transform == "crop":
+            raise ValueError(f"{asked}: with model.image.transform=crop all images have one size; leave it out.")
+        if height is None or width is None:
+            raise ValueError(f"{asked}: say both, in pixels, or neither.")
+        if (fitted := self.codec.pixels.grid(height, width)) != (height, width):
+            raise ValueError(
+                f"{asked}: the model's images have sides that are multiples of its patches, within "
+                f"model.image.max_pixels; the next such size is height={fitted[0]} width={fitted[1]}."
+            )
+        return self.codec.grid(height, width)
+
     def reread(self, drawn: ImageSegment) -> ImageSegment:
         """A drawn image as a document holds it that goes on: with the pixels that a vision encoder reads of it."""
-        if self.family.pixels is None:
+        if self.family.encoder_side is None:
             return drawn
         return replace(drawn, pixels=self.read_image(picture_of(self.codec.decode(drawn.data))).pixels)
 
     def read_image(self, picture: Image.Image) -> ImageSegment:
         """A picture as the model reads it."""
-        return read_image(picture, self.codec, self.family.pixels)
+        return read_image(picture, self.codec, self.family.encoder_side)

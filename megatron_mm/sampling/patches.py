@@ -36,11 +36,11 @@ class PatchSampler(Sampler):
         """Says in the fields [b, n] of an image's block, whose patches are `at`, what its time is."""
 
     def draw(self, rows: Sequence[Row], openings: Sequence[Opening]) -> Sequence[np.ndarray]:
-        image, p = self.model.config.model.image, self.model.config.model.patch_size
-        noise = [patchify(row.noise((image.channels, image.height, image.width)), p) for row in rows]
+        channels, p = self.model.config.model.image.channels, self.model.config.model.patch_size
+        _, h, w = openings[0].block.images[0].tolist()
+        noise = [patchify(row.noise((channels, h * p, w * p)), p) for row in rows]
         indices, _ = self.read_all(rows, openings)
         x = self.denoise(indices, openings[0], torch.from_numpy(np.stack(noise)).to(self.model.device))
-        _, h, w = openings[0].block.images[0].tolist()
         return [unpatchify(patches, h, w, p) for patches in x.cpu().numpy()]
 
     def guided_prediction(self, indices: Sequence[int], opening: Opening, x: torch.Tensor, time: int) -> torch.Tensor:
@@ -81,7 +81,7 @@ class ShowoFlowSampler(PatchSampler):
     """Euler steps along the flow."""
 
     def denoise(self, indices: Sequence[int], opening: Opening, x: torch.Tensor) -> torch.Tensor:
-        times = self.model.family.times.sampling(self.decoding.steps)
+        times = self.model.family.times(x.shape[1]).sampling(self.decoding.steps)
         for number, (time, following) in enumerate(zip(times[:-1], times[1:], strict=True), 1):
             self.report(f"denoising, step {number} of {len(times) - 1}")
             x = x + (following - time) / UNIT * self.guided_prediction(indices, opening, x, time)

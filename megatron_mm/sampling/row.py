@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_mm.config.model import ImageConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.shape import ImagePart, Part, Shape, TextPart, part_of
 from megatron_mm.types import ImageSegment, Sample, Segment, TextSegment
@@ -18,11 +17,12 @@ AUTO, TEXT, IMAGE = "auto", "text", "image"
 @dataclass(frozen=True)
 class Request:
     """One continuation to sample. `write`: what, in order. `streams` depend on (seed, prompt's ordinal, sample number)
-    and on nothing else."""
+    and on nothing else. `grid`: rows and columns of images to be drawn, in the unit of `model.image`."""
 
     prompt: Sample
     write: tuple[str, ...]
     streams: Streams
+    grid: tuple[int, int]
 
 
 class Row:
@@ -32,8 +32,8 @@ class Row:
     model ends the document. `text`: ids of the text at work, of which `seen` has all that the document holds.
     """
 
-    def __init__(self, index: int, request: Request, image: ImageConfig):
-        self.index, self.request, self._image = index, request, image
+    def __init__(self, index: int, request: Request):
+        self.index, self.request = index, request
         self.document = request.prompt
         self.plan = list(request.write)
         self.text: list[int] = []
@@ -56,9 +56,9 @@ class Row:
         given = len(self.request.prompt.segments)
         parts: list[Part] = []
         for number, segment in enumerate(self.document.segments):
-            parts.append(replace(part_of(segment, number, self._image), loss=number >= given))
+            parts.append(replace(part_of(segment, number), loss=number >= given))
         last = len(parts)
-        image = ImagePart(last, self._image.height, self._image.width, drawn=True)
+        image = ImagePart(last, *self.request.grid, drawn=True)
         return Shape((*parts, image if following == IMAGE else TextPart(last, 0)))
 
     def draw(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +36,7 @@ class Sampler(ABC):
     def __init__(self, model: SamplingModel, requests: Sequence[Request], decoding: Decoding, report: Report):
         self.model, self.decoding, self.report = model, decoding, report
         self.builder, self.vocab = Builder(model.family), model.family.vocab
-        self.rows = [Row(index, request, model.config.model.image) for index, request in enumerate(requests)]
+        self.rows = [Row(index, request) for index, request in enumerate(requests)]
         self.allowed = grammar(self.vocab, padded_vocab_size(self.vocab.size), model.device)
         self.seq_length = model.config.data.seq_length
         self.chooses = chooses_images(model.family)
@@ -195,7 +196,7 @@ class Sampler(ABC):
     @cached_property
     def _image_room(self) -> int:
         """Positions that an image takes with BOI and EOI, and what stands beside it."""
-        empty = Row(0, Request(NOTHING, (IMAGE,), self.rows[0].request.streams), self.model.config.model.image)
+        empty = Row(0, replace(self.rows[0].request, prompt=NOTHING, write=(IMAGE,)))
         return len(self.opening(empty, IMAGE).block.tokens) + 2
 
     def _capacity(self) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.dataset import open_data
 from megatron_mm.data.shape import TextPart
@@ -18,6 +18,7 @@ from megatron_mm.types import FieldSpec, LossTerm
 
 SIDE = 4
 IMAGE = ImageConfig(channels=1, height=SIDE, width=SIDE)
+MODEL = TransfusionConfig(image=IMAGE)
 
 
 class PixelFamily:
@@ -25,7 +26,7 @@ class PixelFamily:
 
     vocab = SimpleNamespace(pad=256, bos=257)
     image_codes = 0
-    pixels = None
+    encoder_side = None
     terms = (LossTerm("text", 1.0),)
     config = SimpleNamespace(image=IMAGE)
     fields = PREDICTED | {"pixels": FieldSpec("float32", (1,), 0.0)}
@@ -87,7 +88,7 @@ def open_shards(shards, layout):
 
     def open_with(**keys):
         data = DataConfig(**{"path": str(shards), "seq_length": 96, "window": 20, **keys})
-        plan, reader, _ = open_data(data, IMAGE, layout, ByteTokenizer(), seed=3)
+        plan, reader, _ = open_data(data, MODEL, layout, ByteTokenizer(), seed=3)
         return data, plan, reader
 
     return open_with

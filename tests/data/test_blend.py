@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.config.schema import DataConfig, SourceConfig
 from megatron_mm.data.blend import Blend
 from megatron_mm.data.corrupt import Streams
@@ -18,7 +18,7 @@ from megatron_mm.data.plan import Position
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.tokenizer import ByteTokenizer
 
-IMAGE = ImageConfig(channels=1, height=4, width=4)
+MODEL = TransfusionConfig(image=ImageConfig(channels=1, height=4, width=4))
 SEQ_LENGTH = 64
 
 
@@ -137,7 +137,7 @@ def open_sources(shards, few, layout):
 
     def open_with(**keys):
         data = DataConfig(**{"sources": listed, "seq_length": 96, "window": 20, **keys})
-        return data, *open_data(data, IMAGE, layout, ByteTokenizer(), seed=3)[:2]
+        return data, *open_data(data, MODEL, layout, ByteTokenizer(), seed=3)[:2]
 
     return open_with
 

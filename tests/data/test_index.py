@@ -9,8 +9,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megatron_mm.config.model import ImageConfig
-from megatron_mm.data.image_codec import PixelCodec, square_pixels
+from megatron_mm.data.image_codec import PixelCodec, encoder_pixels
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.index import ARRAYS, LOSS, build_index
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.shards import Record, write_shards
@@ -47,7 +47,8 @@ def test_index_counts_what_was_written(shards, records):
 
 
 def test_reader_returns_what_was_written_from_many_threads(shards, records):
-    reader = SampleReader(build_index(shards, TOKENIZER), TOKENIZER, PixelCodec(1, 4, 4))
+    codec = PixelCodec(1, ImageTransform(4, 4))
+    reader = SampleReader(build_index(shards, TOKENIZER), TOKENIZER, codec)
     uids = np.random.default_rng(0).permutation(len(records)).tolist()
     with ThreadPoolExecutor(8) as threads:
         samples = list(threads.map(reader.read, uids))
@@ -58,7 +59,7 @@ def test_reader_returns_what_was_written_from_many_threads(shards, records):
             if isinstance(segment, TextSegment):
                 assert TOKENIZER.decode(segment.ids) == written
             else:
-                assert np.array_equal(PixelCodec(1, 4, 4).decode(segment.data)[..., 0], np.asarray(written))
+                assert np.array_equal(codec.decode(segment.data)[..., 0], np.asarray(written))
 
 
 def test_webdataset_itself_reads_the_shards(shards, records):
@@ -91,7 +92,7 @@ def test_loose_pairs_become_caption_then_image(tmp_path):
                                    "x/2.png": png(0)})  # fmt: skip
     index = build_index(tmp_path, TOKENIZER)
     assert index.heights.tolist() == [0, 3, 0, 3] and index.widths.tolist() == [0, 5, 0, 5]
-    reader = SampleReader(index, TOKENIZER, PixelCodec(1, 3, 5))
+    reader = SampleReader(index, TOKENIZER, PixelCodec(1, ImageTransform(3, 5)))
     for uid, (caption, value) in enumerate([("white", 1), ("black", -1)]):
         text, image = reader.read(uid).segments
         assert TOKENIZER.decode(text.ids) == caption
@@ -101,11 +102,11 @@ def test_loose_pairs_become_caption_then_image(tmp_path):
 def test_reader_adds_pixels_for_a_vision_encoder(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8), dtype=np.uint8))
     write_shards(tmp_path, [Record("a", ("one", picture))])
-    index, codec = build_index(tmp_path, TOKENIZER), PixelCodec(1, 4, 4)
+    index, codec = build_index(tmp_path, TOKENIZER), PixelCodec(1, ImageTransform(4, 4))
     assert SampleReader(index, TOKENIZER, codec).read(0).segments[1].pixels is None
-    image = SampleReader(index, TOKENIZER, codec, ImageConfig(3, 6, 6)).read(0).segments[1]
+    image = SampleReader(index, TOKENIZER, codec, 6).read(0).segments[1]
     np.testing.assert_array_equal(image.data, codec.encode(picture))
-    np.testing.assert_array_equal(image.pixels, square_pixels(picture, 6))
+    np.testing.assert_array_equal(image.pixels, encoder_pixels(picture, 6))
 
 
 def test_index_is_kept_and_rebuilt_when_the_shard_changes(tmp_path):
@@ -189,4 +190,4 @@ def test_reader_notices_a_shard_cut_after_indexing(shards):
     index = build_index(shards, TOKENIZER)
     os.truncate(index.path(0), 600)
     with pytest.raises(ValueError, match="shard-000000.tar, sample 'doc-0000'.*changed during the run"):
-        SampleReader(index, TOKENIZER, PixelCodec(1, 4, 4)).read(0)
+        SampleReader(index, TOKENIZER, PixelCodec(1, ImageTransform(4, 4))).read(0)

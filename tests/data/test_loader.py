@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.dataset import open_data, write_ledger
 from megatron_mm.data.image_codec import PatchVQCodec
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.loader import DataState, StepLoader
 from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.tokenizer import ByteTokenizer
 
 GLOBAL_BATCH = 8
 START = DataState()
-IMAGE = ImageConfig(channels=1, height=4, width=4)
+MODEL = TransfusionConfig(image=ImageConfig(channels=1, height=4, width=4))
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_batch_sizes_must_divide(make_loader):
 
 
 def open_folder(folder, layout, **keys):
-    return open_data(DataConfig(path=str(folder), **keys), IMAGE, layout, ByteTokenizer(), seed=0)
+    return open_data(DataConfig(path=str(folder), **keys), MODEL, layout, ByteTokenizer(), seed=0)
 
 
 def test_overlong_documents_stop_or_go_to_the_ledger(tmp_path, layout):
@@ -209,6 +210,6 @@ def test_an_image_that_cannot_fit_has_its_own_sentence(shards, layout):
 
 
 def test_image_tokenizer_must_suit_the_family(shards, layout, tmp_path):
-    PatchVQCodec(np.zeros((3, 1), np.float32), 1, 4, 4, 1).save(tmp_path / "c.npz")
+    PatchVQCodec(np.zeros((3, 1), np.float32), 1, ImageTransform(4, 4), 1).save(tmp_path / "c.npz")
     with pytest.raises(ValueError, match="the model reads pixels"):
         open_folder(shards, layout, image_tokenizer=str(tmp_path / "c.npz"))

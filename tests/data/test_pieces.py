@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.config.schema import DataConfig, SourceConfig
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.dataset import open_data, write_ledger
@@ -15,7 +15,7 @@ from megatron_mm.data.shards import Record, write_shards
 from megatron_mm.data.tokenizer import ByteTokenizer
 from megatron_mm.types import IGNORE, TextSegment
 
-IMAGE = ImageConfig(channels=1, height=4, width=4)
+MODEL = TransfusionConfig(image=ImageConfig(channels=1, height=4, width=4))
 
 
 def shape(*parts):
@@ -74,7 +74,7 @@ def test_pieces_are_trained_on_whole_and_once(tmp_path, layout):
     ]
     write_shards(tmp_path / "s", records)
     data = DataConfig(path=str(tmp_path / "s"), seq_length=40, overlong="split", window=100)
-    plan, reader, ledger = open_data(data, IMAGE, layout, ByteTokenizer(), seed=0)
+    plan, reader, ledger = open_data(data, MODEL, layout, ByteTokenizer(), seed=0)
     uids = sorted(uid for pack in plan.packs(0, 0) for uid in pack)
     assert uids == list(range(len(plan.lengths)))
     found = {"short": "", "talk": "", "story": ""}
@@ -102,6 +102,6 @@ def test_blends_count_pieces(tmp_path, layout):
         write_shards(tmp_path / name, [Record(f"{name}{i}", ("x" * 60,)) for i in range(count)])
     sources = tuple(SourceConfig(str(tmp_path / name)) for name in "ab")
     data = DataConfig(sources=sources, seq_length=40, overlong="split", window=10)
-    plan, reader, ledger = open_data(data, IMAGE, layout, ByteTokenizer(), seed=0)
+    plan, reader, ledger = open_data(data, MODEL, layout, ByteTokenizer(), seed=0)
     assert len(plan.lengths) == 10 and len(ledger) == 5
     assert [reader.read(uid).key for uid in (0, 5, 6, 9)] == ["a0", "a2", "b0", "b1"]

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from megatron_mm.data.image_codec import PatchVQCodec, PixelCodec
+from megatron_mm.data.image_transform import ImageTransform
 from megatron_mm.data.index import build_index
 from megatron_mm.data.prepare import main
 from megatron_mm.data.sample import SampleReader
@@ -32,7 +33,7 @@ def test_mnist(tmp_path, capsys):
     command += ["--latents", "0"]
     main(command)
     codec = PatchVQCodec.load(tmp_path / "codebook.npz")
-    assert (codec.codes, codec.grid) == (32, (7, 7))
+    assert (codec.codes, codec.grid(28, 28)) == (32, (7, 7))
     card = json.loads((tmp_path / "dataset.json").read_text())
     train = read_all(tmp_path / "train", codec)
     assert card["splits"]["train"] == {"documents": len(train), "images": 300}
@@ -147,7 +148,7 @@ def test_questions(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     out = tmp_path / "out"
     main(["questions", "--src", str(tmp_path / "q.jsonl"), "--out", str(out), "--held-out", "0"])
-    asked, seen = read_all(out / "train", PixelCodec(1, 8, 8))
+    asked, seen = read_all(out / "train", PixelCodec(1, ImageTransform(8, 8)))
     assert asked.key == "sum_1" and (asked.meta, seen.meta) == ({"prompt_segments": 1}, {"prompt_segments": 2})
     assert texts(asked) == ["1 + 1?", "<think>\none and one\n</think>\n2"]
     assert isinstance(seen.segments[0], ImageSegment) and texts(seen) == ["What digit?", "seven"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from megatron_mm.config.model import ImageConfig
+from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.config.schema import DataConfig
 from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.data.vae_codec import VAECodec, VAEShape, fit_vae
@@ -44,11 +44,11 @@ def test_carries_the_image(codec):
 def test_file_round_trip(codec, tmp_path):
     codec.save(tmp_path / "vae.pt")
     data = DataConfig(image_tokenizer=str(tmp_path / "vae.pt"))
-    loaded = load_image_codec(data, ImageConfig(channels=2, height=3, width=3))
+    loaded = load_image_codec(data, TransfusionConfig(image=ImageConfig(channels=2, height=3, width=3)))
     image = pictures(1)[0]
     np.testing.assert_array_equal(loaded.encode(image), codec.encode(image))
     with pytest.raises(ValueError, match=r"makes 2 x 3 x 3 latents .* Set model.image.channels=2 model.image.height=3"):
-        load_image_codec(data, ImageConfig(channels=4, height=4, width=4))
+        load_image_codec(data, TransfusionConfig(image=ImageConfig(channels=4, height=4, width=4)))
 
 
 def test_wrong_files_are_named(tmp_path):
@@ -66,7 +66,7 @@ def test_latents_that_carry_nothing_are_refused():
 
 def test_gradients_of_the_loss_reach_every_weight():
     torch.manual_seed(0)
-    vae = ConvVAE(3, 9, 9, latents=4, halvings=3)
-    assert vae.sizes == [(9, 9), (5, 5), (3, 3), (2, 2)]
+    vae = ConvVAE(3, latents=4, halvings=3)
+    assert vae.sizes(9, 9) == [(9, 9), (5, 5), (3, 3), (2, 2)]
     vae.loss(torch.randn(2, 3, 9, 9), 0.5).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in vae.parameters())

@@ -5,7 +5,7 @@ of the way and 1e-9 must hold, so that a real difference cannot hide behind fp32
 """
 
 import pytest
-from tiny_runs import FAMILIES, overrides_for, run_training
+from tiny_runs import FAMILIES, SIZES, make_shards, overrides_for, run_training
 
 from megatron_mm.parallel.context import assignment
 
@@ -123,6 +123,17 @@ def test_fp64(name, family, shards, tmp_path, baseline):
 def test_unet_patches(name, shards, tmp_path, baseline):
     steps, iterations = run_layout(name, "transfusion_unet", shards, tmp_path)
     assert_same_curve(steps, baseline("transfusion_unet", "fp32"), 1e-5, 1e-4, iterations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["transfusion_native", "transfusion_unet_native", "showo_flow_native"])
+def test_images_of_many_sizes(family, tmp_path):
+    """Rows are cut in the middle of images of several grids."""
+    make_shards(tmp_path, SIZES)
+    alone = run_training(overrides_for(family, tmp_path, tmp_path / "alone", *FEWER_ITERATIONS, *FP64))
+    for name in ("tp2_sp", "pp2_interleaved", "cp2_ring"):
+        steps, iterations = run_layout(name, family, tmp_path, tmp_path / name, *FP64)
+        assert_same_curve(steps, alone, 1e-9, 1e-9, iterations)
 
 
 @pytest.mark.slow

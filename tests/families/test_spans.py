@@ -62,7 +62,7 @@ class Plain:
 
     vocab = SimpleNamespace(pad=0, bos=101, eos=102, boi=103, eoi=104)
     config = SimpleNamespace(image=ImageConfig(1, 1, 2))
-    image_codes, pixels = 0, None
+    image_codes, encoder_side = 0, None
     terms = (LossTerm("text", 1.0), LossTerm("image", 1.0))
     fields = PREDICTED
 

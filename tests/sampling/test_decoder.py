@@ -19,7 +19,7 @@ def documents_of(model):
     """Two documents: text, image, text, of different lengths."""
     rng = np.random.default_rng(1)
     image = (lambda: rng.integers(0, 16, (4, 4))) if model.codec.codes else (lambda: rng.random((1, 8, 8), np.float32))
-    pixels = lambda: rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.pixels else None  # noqa: E731
+    pixels = lambda: rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.encoder_side else None  # noqa: E731
     text = lambda n: TextSegment(rng.integers(0, 256, n))  # noqa: E731
     documents = [(text(n), ImageSegment(image(), pixels()), text(m)) for n, m in ((3, 9), (7, 4))]
     return [finished(model.family, segments) for segments in documents]

@@ -45,7 +45,7 @@ def prompts_of(model, write):
     if write != "text":
         return [[t] for t in texts]
     image = (lambda: rng.integers(0, 16, (4, 4))) if model.codec.codes else (lambda: rng.random((1, 8, 8), np.float32))
-    pixels = (lambda: rng.random((3, 8, 8), np.float32)) if model.family.pixels else lambda: None
+    pixels = (lambda: rng.random((3, 8, 8), np.float32)) if model.family.encoder_side else lambda: None
     return [[ImageSegment(image(), pixels()), t] for t in texts]
 
 

@@ -40,7 +40,7 @@ def sample(init_kwargs, folder, parallel):
     with process_groups(parallel, 0, CPU, **init_kwargs), SamplingModel.load(folder, CPU, parallel) as model:
         settings = settings_for(model.family.name, steps=3, max_new_tokens=8, num_samples=2, cfg_scale=2.0)
         codes, rng = model.codec.codes, np.random.default_rng(0)
-        pixels = rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.pixels else None
+        pixels = rng.uniform(-1, 1, (3, 8, 8)).astype(np.float32) if model.family.encoder_side else None
         image = ImageSegment(rng.integers(0, 16, (4, 4)) if codes else rng.random((1, 8, 8), np.float32), pixels)
         text = TextSegment(np.array([70, 80]))
         prompts = {"image": [[text], []], "text": [[image, text]], "text,image,text": [[text]], "auto": [[text]]}

@@ -52,8 +52,9 @@ class _Dataset:
         family = build_family(config.model, tokenizer.size)
         self._documents_of, self._hides_keys = Builder(family), MaskTraits.of(family).hides_keys
         index = build_index(config.data.path, tokenizer)
-        self._reader = SampleReader(index, tokenizer, _Blank(config, family), family.pixels)
-        self._lengths = measured(*shapes_of(index, "auto", config.model.image), self._documents_of.length)
+        blank = _Blank(config, family)
+        self._reader = SampleReader(index, tokenizer, blank, family.encoder_side)
+        self._lengths = measured(*shapes_of(index, "auto", blank.grid), self._documents_of.length)
         self._seed = study.config.seed
 
     def row(self, length: int) -> np.ndarray:
@@ -79,14 +80,18 @@ class _Dataset:
 
 
 class _Blank:
-    """What `SampleReader` asks of an image codec, with pictures unread: a mask does not depend on what they show."""
+    """What `SampleReader` asks of an image codec, with pictures unread: a mask does not depend on what
+    they show. All are of `model.image`'s size."""
 
     def __init__(self, config: Config, family: Family):
         image, self.codes = config.model.image, family.image_codes
-        size = (image.height, image.width)
+        self._size = size = (image.height, image.width)
         self._make = (
             partial(np.zeros, size, np.int64) if self.codes else partial(np.zeros, (image.channels, *size), np.float32)
         )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return self._size
 
     def encode(self, image: Image.Image) -> np.ndarray:
         return self._make()

@@ -1,0 +1,54 @@
+"""Prompts and drawings of many sizes (`model.image.transform=native`)."""
+
+import numpy as np
+import pytest
+from tiny_models import config_for, with_model
+
+from megatron_mm.nn.flow import FlowTimes
+from megatron_mm.sampling.decoding import settings_for
+from megatron_mm.sampling.generation import generate
+from megatron_mm.types import ImageSegment, TextSegment
+
+
+def text(*ids):
+    return TextSegment(np.array(ids, dtype=np.int64))
+
+
+def drawn(model):
+    """Behind images of two sizes, batched and one by one; then without a size."""
+    rng, name = np.random.default_rng(0), model.family.name
+    prompts = [[ImageSegment(rng.random((1, h, w), np.float32)), text(1, 2)] for h, w in ((8, 8), (4, 12))]
+    asked = {"steps": 2, "height": 6, "width": 10, "cfg_scale": 3.0, "max_new_tokens": 4}
+    runs = [generate(model, prompts, "image,text", settings_for(name, **asked, batch_size=size)) for size in (2, 1)]
+    with pytest.raises(ValueError, match="the next such size is height=4 width=14"):
+        generate(model, prompts, "image", settings_for(name, height=5, width=14))
+    with pytest.raises(ValueError, match="say both"):
+        generate(model, prompts, "image", settings_for(name, height=4))
+    runs.append(generate(model, prompts, "image", settings_for(name, steps=1)))
+    return [[document[0].data for document in run] for run in runs]
+
+
+@pytest.mark.parametrize("family", ["transfusion", "transfusion_unet", "showo_flow"])
+def test_images_are_drawn_in_the_size_that_is_asked(family, folder):
+    together, alone, unasked = with_model(drawn, config_for(f"{family}_native", folder))
+    assert [image.shape for image in together] == 2 * [(1, 6, 10)]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert [image.shape for image in unasked] == 2 * [(1, 8, 8)]
+
+
+def refuses(model):
+    with pytest.raises(ValueError, match=r"with model\.image\.transform=crop all images have one size"):
+        generate(model, [[text(1)]], "image", settings_for(model.family.name, height=8, width=8))
+
+
+@pytest.mark.parametrize("family", ["transfusion", "showo"])
+def test_one_size_fits_all_others(family, folder):
+    with_model(refuses, config_for(family, folder))
+
+
+def times_of(model):
+    return [model.family.times(n) for n in (16, 40)]
+
+
+def test_larger_images_get_noisier_times(folder):
+    assert with_model(times_of, config_for("showo_flow_native", folder)) == [FlowTimes(16, True), FlowTimes(40, True)]
