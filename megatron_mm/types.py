@@ -155,7 +155,8 @@ class PackedBatch:
       in pack coordinates, row 3 the position inside the document (RoPE, dropout), row 4 the document's dropout key,
       row 5 the kind (0 is padding, from 1 on the modality).
     fields: name -> tensor [B, S, ...], read by the family's front and back, and by the counting of labels, only.
-    images int32 [M, 4]: (row, first position, grid height, grid width) of every image span; stays on the host.
+    images int32 [M, 4]: (row, first position, grid height, grid width) of every image span in the whole rows, whatever
+      part of them this is; stays on the host.
     documents, real_tokens: how many documents and non-padding tokens the rows hold.
     grids: the images that networks over whole images read.
     """

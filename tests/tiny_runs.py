@@ -88,7 +88,7 @@ MODEL["showo_flow"] = [
     "model.semantic_hidden_size=16",
     "model.semantic_ffn_size=32",
     "model.semantic_layers=1",
-    "model.flow_layers=1",
+    "model.flow_layers=2",
 ]
 MODEL["transfusion_unet"] = [*MODEL["transfusion"], "model.patch_codec=unet", "model.unet_channels=8"]
 MODEL["transfusion_experts"] = [

@@ -22,9 +22,13 @@ class ShowoFlowConfig:
     semantic_heads: int = 16
     semantic_ffn_size: int = 4304
     flow_layers: int = 10
-    """Layers of the flow head."""
-    flow_heads: int | None = None
-    """Attention heads of the flow head; null means the trunk's."""
+    """Layers of the flow head, which attend over the document."""
+    flow_hidden_size: int = 2048
+    flow_heads: int = 32
+    """Attention heads of the flow head."""
+    flow_query_groups: int = 8
+    """Its key/value heads."""
+    flow_ffn_size: int = 8192
     ntp_weight: float = 1.0
     """Of next-token prediction."""
     flow_weight: float = 1.0
@@ -40,5 +44,13 @@ class ShowoFlowConfig:
     """Shift times towards noise, the more the more positions an image has."""
 
     @property
-    def flow_attention_heads(self) -> int:
-        return self.flow_heads or self.trunk.num_attention_heads
+    def flow_head(self) -> TrunkConfig:
+        """The flow head's layers, as those of a trunk."""
+        return TrunkConfig(
+            num_layers=self.flow_layers,
+            hidden_size=self.flow_hidden_size,
+            num_attention_heads=self.flow_heads,
+            num_query_groups=self.flow_query_groups,
+            ffn_hidden_size=self.flow_ffn_size,
+            rotary_base=500000.0,
+        )

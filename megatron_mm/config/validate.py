@@ -13,8 +13,8 @@ from typing import Any
 from megatron_mm.config.compose import Config, ConfigError, ModelConfig
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
-from megatron_mm.config.model import PatchedConfig, TransfusionConfig
-from megatron_mm.config.schema import DataConfig
+from megatron_mm.config.model import PatchedConfig, TransfusionConfig, TrunkConfig
+from megatron_mm.config.schema import DataConfig, ParallelConfig
 from megatron_mm.config.unimoe import UniMoEConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask"}
@@ -220,7 +220,7 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
     )
     yield from _image_contradictions(config.model)
     if isinstance(config.model, ShowoFlowConfig):
-        yield from _showo_flow(config.model)
+        yield from _showo_flow(config.model, config.parallel)
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
     if isinstance(config.model, JanusConfig | UniMoEConfig):
@@ -267,14 +267,24 @@ def _image_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _showo_flow(model: ShowoFlowConfig) -> Iterator[tuple[bool, str]]:
+def _showo_flow(model: ShowoFlowConfig, parallel: ParallelConfig) -> Iterator[tuple[bool, str]]:
+    flow, tp = model.flow_head, parallel.tensor_model_parallel_size
     for width, heads, size, count in (
         ("semantic_hidden_size", "semantic_heads", model.semantic_hidden_size, model.semantic_heads),
-        ("trunk.hidden_size", "flow_heads", model.trunk.hidden_size, model.flow_attention_heads),
+        ("flow_hidden_size", "flow_heads", flow.hidden_size, 2 * flow.num_attention_heads),
+        ("flow_heads", "flow_query_groups", flow.num_attention_heads, flow.kv_heads),
     ):
+        twice = "twice " if heads == "flow_heads" else ""
         yield (
             size % count > 0,
-            f"model.{width}={size} must be a multiple of model.{heads}={count}; change one of the two.",
+            f"model.{width}={size} must be a multiple of {twice}model.{heads}={getattr(model, heads)}; change one of "
+            "the two.",
+        )
+    for name in ("flow_heads", "flow_query_groups", "flow_ffn_size"):
+        size = getattr(model, name)
+        yield (
+            size % tp > 0,
+            f"model.{name}={size} must be a multiple of parallel.tensor_model_parallel_size={tp}; change one of them.",
         )
 
 
@@ -343,7 +353,7 @@ def _encoder(encoder: EncoderConfig) -> Iterator[tuple[bool, str]]:
 
 
 def _context_contradictions(config: Config) -> Iterator[tuple[bool, str]]:
-    parallel, trunk = config.parallel, config.model.trunk
+    parallel = config.parallel
     cp, comm, size = parallel.context_parallel_size, parallel.context_parallel_comm, parallel.ulysses_size
     yield (
         cp > 1 and config.attention.backend in ("sdpa", "flash", "fa4"),
@@ -362,12 +372,21 @@ def _context_contradictions(config: Config) -> Iterator[tuple[bool, str]]:
     )
     inner = {"ulysses": cp, "hybrid": size or 1}.get(comm, 1)
     tp = parallel.tensor_model_parallel_size
-    yield (
-        not heads_divide(trunk.num_attention_heads, trunk.kv_heads, tp, inner),
-        f"parallel.context_parallel_comm={comm} spreads the heads of a tensor-parallel rank "
-        f"({trunk.num_attention_heads} and {trunk.kv_heads} over {tp}) over {inner} ranks, which does not come out "
-        f"even; use ring or exchange, or hybrid with a smaller parallel.ulysses_size.",
-    )
+    for layers in attending(config.model):
+        heads, key_heads = layers.num_attention_heads, layers.kv_heads
+        yield (
+            not heads_divide(heads, key_heads, tp, inner),
+            f"parallel.context_parallel_comm={comm} spreads the heads of a tensor-parallel rank ({heads} and "
+            f"{key_heads} over {tp}) over {inner} ranks, which does not come out even; use ring or exchange, or hybrid "
+            "with a smaller parallel.ulysses_size.",
+        )
+
+
+def attending(model: ModelConfig) -> Iterator[TrunkConfig]:
+    """The kinds of layers that attend over documents: the trunk's, and those behind it."""
+    yield model.trunk
+    if isinstance(model, ShowoFlowConfig):
+        yield model.flow_head
 
 
 def heads_divide(heads: int, key_heads: int, tensor_ranks: int, inner: int) -> bool:

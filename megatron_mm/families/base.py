@@ -7,16 +7,27 @@ what must be sharded it asks of `ParallelOps`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from megatron_mm.config.model import TrunkConfig
 from megatron_mm.documents.builder import DocumentFamily
-from megatron_mm.nn.ops import ParallelOps
+from megatron_mm.nn.ops import Attended, ParallelOps
+from megatron_mm.types import PackedBatch
 
 LossSums = dict[str, torch.Tensor]
+
+
+@runtime_checkable
+class FurtherLayers(Protocol):
+    """A back with layers of its own behind the trunk, which attend over documents as the trunk does. It reads hidden
+    states [B, n, D + E] that end in what these make of the others, and no image as a whole."""
+
+    def further(self, hidden: torch.Tensor, batch: PackedBatch, attended: Attended) -> torch.Tensor:
+        """What the layers make of hidden states [B, n, D]: [B, n, E]. `attended` goes to `ops.modulated_layers`."""
+        ...
 
 
 class Family(DocumentFamily, Protocol):

@@ -33,10 +33,10 @@ from megatron_mm.families.base import LossSums
 from megatron_mm.families.patches import PatchGrid
 from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.flow import UNIT, FlowTimes, interpolate
-from megatron_mm.nn.flow_head import FlowHead, Fusion, SemanticLayers
+from megatron_mm.nn.flow_head import ClockEmbedding, FlowHead, Fusion, SemanticLayers
 from megatron_mm.nn.init import linear
-from megatron_mm.nn.ops import ParallelOps
-from megatron_mm.nn.patch import TimestepEmbedding, patchify
+from megatron_mm.nn.ops import Attended, ParallelOps
+from megatron_mm.nn.patch import patchify
 from megatron_mm.nn.siglip import siglip
 from megatron_mm.types import BACK, FRONT, IGNORE, FieldSpec, LossTerm, PackedBatch
 
@@ -66,8 +66,8 @@ class ShowoFlow(PatchGrid):
         self.fields = PREDICTED | {
             "patches": FieldSpec("float32", (self.patch_dim,), 0.0, (FRONT,)),
             "velocity": FieldSpec("float32", (self.patch_dim,), 0.0, (BACK,)),
-            "time": FieldSpec("int32", (), NO_TIME, (FRONT, BACK)),
-            "clock": FieldSpec("int32", (), NO_TIME, (FRONT,)),
+            "time": FieldSpec("int32", (), NO_TIME),
+            "clock": FieldSpec("int32", (), NO_TIME),
         }
 
     def times(self, positions: int) -> FlowTimes:
@@ -136,13 +136,14 @@ class ShowoFlowFront(nn.Module):
         self.semantic = SemanticLayers(patch_dim, grid, encoder)
         self.projector = linear(patch_dim, hidden)
         self.fusion = Fusion(encoder.hidden_size, hidden)
-        self.time = TimestepEmbedding(hidden)
+        self.clock = ClockEmbedding(config.flow_hidden_size)
+        self.clock_in = linear(config.flow_hidden_size, hidden)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         patches, time, clock = (batch.fields[name] for name in ("patches", "time", "clock"))
         image = self.fusion(self.semantic(patches, batch.grids), self.projector(patches))
         x = torch.where((time != NO_TIME)[..., None], image, self.embedding(batch.tokens))
-        return torch.where((clock != NO_TIME)[..., None], self.time(clock / 1000), x)
+        return torch.where((clock != NO_TIME)[..., None], self.clock_in(self.clock(clock)), x)
 
 
 class ShowoFlowBack(TokenBack):
@@ -150,13 +151,23 @@ class ShowoFlowBack(TokenBack):
 
     def __init__(self, config: ShowoFlowConfig, vocab: Vocabulary, patch_dim: int, ops: ParallelOps) -> None:
         super().__init__(config.trunk, vocab, ops)
-        self.flow = FlowHead(config.trunk.hidden_size, config.flow_attention_heads, config.flow_layers, patch_dim)
+        self.hidden_size = config.trunk.hidden_size
+        self.flow = FlowHead(self.hidden_size, config.flow_head, patch_dim, ops)
 
-    def predict_velocity(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """The velocity of every patch vector [B, S, P]; zero where there is no patch."""
-        return self.flow(hidden, batch.fields["time"] / 1000, batch.grids)
+    def further(self, hidden: torch.Tensor, batch: PackedBatch, attended: Attended) -> torch.Tensor:
+        """The velocity of every patch vector [B, n, P]; meaningless where there is no patch."""
+        time, clock = batch.fields["time"], batch.fields["clock"]
+        return self.flow(hidden, torch.where(clock == NO_TIME, time, clock), len(batch.images), attended)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().logits(hidden[..., : self.hidden_size])
+
+    def velocity(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `further` made of the hidden states [B, n, D + P]."""
+        return hidden[..., self.hidden_size :]
 
     def forward(self, hidden: torch.Tensor, batch: PackedBatch) -> LossSums:
-        text, _ = self.head.cross_entropy(hidden, batch.fields["labels"])
-        predicted, noised = self.predict_velocity(hidden, batch), batch.fields["term"] == IMAGE
-        return {"text": text.sum(), "image": squared_error(predicted, batch.fields["velocity"], noised)}
+        text, _ = self.head.cross_entropy(hidden[..., : self.hidden_size], batch.fields["labels"])
+        noised = batch.fields["term"] == IMAGE
+        image = squared_error(self.velocity(hidden), batch.fields["velocity"], noised)
+        return {"text": text.sum(), "image": image}

@@ -72,10 +72,14 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def rotary_table(positions: torch.Tensor, width: int, base: float, dtype: torch.dtype) -> torch.Tensor:
-    """What `rotate` needs of positions int [...]: cosines, then sines, of width / 2 angles, [..., width] in `dtype`."""
-    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
-    angles = positions[..., None].to(dtype) * (base**-exponents).to(dtype)
+def rotary_frequencies(width: int, base: float, device: torch.device) -> torch.Tensor:
+    """RoPE's angle of one position, of each of width / 2 pairs of channels: float64 [width / 2]."""
+    return base ** -(torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+
+
+def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `rotate` needs of positions int [...]: cosines, then sines, of their angles, [..., width] in `dtype`."""
+    angles = positions[..., None].to(dtype) * frequencies.to(dtype)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 

@@ -34,6 +34,13 @@ def unpatchify(patches: np.ndarray, h: int, w: int, p: int) -> np.ndarray:
     return grid.transpose(2, 0, 3, 1, 4).reshape(-1, h * p, w * p)
 
 
+def sinusoids(timestep: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines of timesteps [...] at `HALF` frequencies from 1 down to 1e-4: float32 [..., 2 * HALF]."""
+    exponent = torch.arange(HALF, dtype=torch.float32, device=timestep.device) / HALF
+    angle = timestep[..., None].float() * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
 class TimestepEmbedding(nn.Module):
     """Diffusion timesteps [...] -> vectors [..., P]: sinusoids, then a two-layer MLP."""
 
@@ -43,10 +50,7 @@ class TimestepEmbedding(nn.Module):
         self.fc2 = linear(2 * HALF, patch_dim)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        exponent = torch.arange(HALF, dtype=torch.float32, device=timestep.device) / HALF
-        angle = timestep[..., None].float() * torch.exp(-math.log(10000.0) * exponent)
-        sinusoids = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.fc1.weight.dtype)
-        return self.fc2(F.silu(self.fc1(sinusoids)))
+        return self.fc2(F.silu(self.fc1(sinusoids(timestep).to(self.fc1.weight.dtype))))
 
 
 class LinearPatchIn(nn.Module):

@@ -144,31 +144,40 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=NORMS[config.normalization])
 
 
+def attention_spec(q_norm: ModuleSpec | None, k_norm: ModuleSpec | None) -> ModuleSpec:
+    """Self-attention, with norms of queries' and keys' heads."""
+    return ModuleSpec(
+        module=RotarySelfAttention,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=LoraColumnParallelLinear,
+            core_attention=SpanAttention,
+            linear_proj=LoraRowParallelLinear,
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
+        ),
+    )
+
+
+def dense_spec(config: TrunkTransformerConfig) -> ModuleSpec:
+    """A feed-forward without experts."""
+    return ModuleSpec(
+        module=BlockwiseMLP if config.feed_forward_block else MLP,
+        submodules=MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear),
+    )
+
+
 def _layer_spec(config: TrunkTransformerConfig, experts: bool) -> ModuleSpec:
     head_norm = lambda heads: ModuleSpec(module=HeadNorm, params={"heads": heads}) if config.head_norm else None  # noqa: E731
     pre_norm = NORMS[config.normalization] if config.norm_placement == "pre" else IdentityOp
     residual = ModuleSpec(module=ResidualAdd, params={"config": config})
-    dense = ModuleSpec(
-        module=BlockwiseMLP if config.feed_forward_block else MLP,
-        submodules=MLPSubmodules(linear_fc1=LoraColumnParallelLinear, linear_fc2=LoraRowParallelLinear),
-    )
     return ModuleSpec(
         module=ParallelBlockLayer if config.parallel_block else PackedTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=pre_norm,
-            self_attention=ModuleSpec(
-                module=RotarySelfAttention,
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=LoraColumnParallelLinear,
-                    core_attention=SpanAttention,
-                    linear_proj=LoraRowParallelLinear,
-                    q_layernorm=head_norm(config.num_attention_heads),
-                    k_layernorm=head_norm(config.num_query_groups),
-                ),
-            ),
+            self_attention=attention_spec(head_norm(config.num_attention_heads), head_norm(config.num_query_groups)),
             self_attn_bda=residual,
             pre_mlp_layernorm=IdentityOp if config.parallel_block else pre_norm,
-            mlp=experts_spec(config) if experts else dense,
+            mlp=experts_spec(config) if experts else dense_spec(config),
             mlp_bda=residual,
         ),
     )

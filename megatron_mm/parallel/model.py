@@ -15,13 +15,14 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from megatron_mm.families.base import Family
-from megatron_mm.nn.fusion import rotary_table
+from megatron_mm.families.base import Family, FurtherLayers
+from megatron_mm.nn.fusion import rotary_frequencies, rotary_table
 from megatron_mm.nn.init import Undrawn
 from megatron_mm.parallel.context.borrow import narrow, widen
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.layer import block_spec
 from megatron_mm.parallel.lora import adapt
+from megatron_mm.parallel.modulated import Attended
 from megatron_mm.parallel.ops import MegatronOps
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 
@@ -70,14 +71,17 @@ class StageModel(MegatronModule):
         hidden = self.hidden(part)
         if not self.post_process:
             return hidden
-        hidden = hidden.transpose(0, 1)
-        if part.shard.widening is not None:
+        hidden, batch = hidden.transpose(0, 1), part.shard.back
+        if isinstance(self.back, FurtherLayers):
+            batch = part.shard.own_back()
+        elif part.shard.widening is not None:
             hidden = widen(hidden, part.shard.widening, part.group)
-        sums = self.back(hidden, part.shard.back)
+        sums = self.back(hidden, batch)
         return torch.stack([sums[name] for name in self.terms])
 
-    def hidden(self, part: Part) -> torch.Tensor:
-        """The trunk's output [n, B, D]: every position of the part on the last stage."""
+    def hidden(self, part: Part, further: bool = True) -> torch.Tensor:
+        """The trunk's output [n, B, D]: every position of the part on the last stage, where `further` appends what
+        layers of the family's own make of it."""
         x, meta = None, part.shard.meta
         if self.pre_process:
             x = self.front(part.shard.front)
@@ -96,6 +100,9 @@ class StageModel(MegatronModule):
         )
         if self.post_process and self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        if further and isinstance(self.back, FurtherLayers):
+            made = self.back.further(x.transpose(0, 1), part.shard.own_back(), Attended(meta, part.attention))
+            x = torch.cat([x, made.transpose(0, 1)], dim=-1)
         return x
 
     def _recomputes_for_frozen_front(self, x: torch.Tensor) -> bool:
@@ -107,7 +114,8 @@ class StageModel(MegatronModule):
     def _rotary_table(self, positions: torch.Tensor) -> torch.Tensor:
         """`rotary_table` [S, B, 1, rotary_dim] of positions [B, S]."""
         precise = torch.promote_types(self.config.params_dtype, torch.float32)
-        return rotary_table(positions.t(), self.rotary_dim, self.rotary_base, precise).unsqueeze(2)
+        frequencies = rotary_frequencies(self.rotary_dim, self.rotary_base, positions.device)
+        return rotary_table(positions.t(), frequencies, precise).unsqueeze(2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Sharded tensors under layout-free names: `front.*`, `decoder.layers.<global number>.*`, `back.*`."""

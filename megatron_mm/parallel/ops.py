@@ -1,4 +1,4 @@
-"""`nn.ops.ParallelOps` on megatron-core: vocabulary-parallel embedding, and head with its loss."""
+"""`nn.ops.ParallelOps` on megatron-core: vocabulary-parallel embedding, head with its loss, layers behind the trunk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabPara
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import nn
 
+from megatron_mm.config.model import TrunkConfig
+from megatron_mm.nn.ops import Frequencies
+from megatron_mm.parallel.modulated import ModulatedLayers
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
 from megatron_mm.parallel.vocab_loss import vocab_parallel_linear_cross_entropy
 
@@ -21,7 +24,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 class MegatronOps:
-    """Makes the vocabulary-parallel parts of a family's front and back.
+    """Makes the sharded parts of a family's front and back.
 
     Sequence parallelism stays in the trunk: front and back see whole sequences on every tensor-parallel rank, so their
     replicated parameters get whole gradients.
@@ -38,6 +41,9 @@ class MegatronOps:
 
     def vocab_head(self, hidden_size: int, vocab_size: int, bias: bool = False) -> VocabParallelHead:
         return VocabParallelHead(self._config, hidden_size, vocab_size, bias)
+
+    def modulated_layers(self, layers: TrunkConfig, frequencies: Frequencies) -> ModulatedLayers:
+        return ModulatedLayers(self._config, layers, frequencies)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return gather_from_tensor_model_parallel_region(logits)

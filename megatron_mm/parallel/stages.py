@@ -13,15 +13,16 @@ from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.model import StageModel
 
 
-def through_stages(stage: StageModel, part: Part) -> torch.Tensor:
-    """The trunk's output [n, B, D] on the last stage; on the others this stage's own, of the same shape."""
+def through_stages(stage: StageModel, part: Part, further: bool) -> torch.Tensor:
+    """The trunk's output [n, B, D] on the last stage, and what `further` layers make of it; on the others this stage's
+    own, of the trunk's shape."""
     if not stage.pre_process:
         batch, _, length = part.shard.meta.shape
         shape = length, batch, stage.config.hidden_size
         received = torch.empty(shape, dtype=stage.config.params_dtype, device=part.shard.meta.device)
         dist.recv(received, mpu.get_pipeline_model_parallel_prev_rank())
         stage.set_input_tensor(received)
-    hidden = stage.hidden(part)
+    hidden = stage.hidden(part, further)
     if not stage.post_process:
         dist.send(hidden.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
     return hidden

@@ -77,6 +77,6 @@ def _attention(config: Config, mask: np.ndarray, work: Work, hardware: Hardware)
         needed = needs(mask, contiguous(mask.shape[2], 1))
         pairs = estimated_pairs(needed, chunk_areas(mask, mask.shape[2]))
         return predict(needed, pairs, False, work, hardware), "one part", needed
-    ways = Ways.of(config.parallel, work, hardware)
+    ways = Ways.of(config.parallel, [work], hardware)
     best = ways.best(mask)
     return ways.predict(mask, best), ways.name(best.inner, best.relays), best.needs

@@ -22,16 +22,17 @@ from megatron_mm.types import Document, Grids, PackedBatch
 class Decoder:
     """Used inside `Decoder.open`."""
 
-    def __init__(self, model: SamplingModel, rows: int, capacity: int):
-        self.model = model
+    def __init__(self, model: SamplingModel, rows: int, capacity: int, draws: bool):
+        self.model, self.draws = model, draws
         self.cache = KVCache(rows, capacity + 1, model.device)  # the last slot takes padding
         self.held = [Held() for _ in range(rows)]
 
     @classmethod
     @contextmanager
-    def open(cls, model: SamplingModel, rows: int, capacity: int) -> Iterator[Decoder]:
-        """A decoder whose cache the model uses until the block ends; each row may hold `capacity` positions."""
-        decoder = cls(model, rows, capacity)
+    def open(cls, model: SamplingModel, rows: int, capacity: int, draws: bool = True) -> Iterator[Decoder]:
+        """A decoder whose cache the model uses until the block ends; each row may hold `capacity` positions. `draws`:
+        False where no image will be drawn, so that layers for images alone (`FurtherLayers`) need not run."""
+        decoder = cls(model, rows, capacity, draws)
         with torch.inference_mode(), caching(model.stage, decoder.cache):
             yield decoder
 
@@ -68,7 +69,7 @@ class Decoder:
             self.held[row].add(batch.tokens[i], meta[i, 1], batch.fields, i, count)
         stage = self.model.stage
         moved = replace(batch, meta=meta).to(self.model.device, stage.config.params_dtype)
-        return through_stages(stage, Part.of(moved)).transpose(0, 1)
+        return through_stages(stage, Part.of(moved), self.draws).transpose(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 or wider logits [..., V] of hidden states [..., D]; V includes the padding of the vocabulary."""

@@ -89,7 +89,7 @@ class ShowoFlowSampler(PatchSampler):
         return x if limit is None else x.clamp(-limit, limit)
 
     def predict(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        return self.model.from_back(lambda back: back.predict_velocity(hidden, batch))
+        return self.model.from_back(lambda back: back.velocity(hidden))
 
     def set_time(self, fields: dict[str, torch.Tensor], time: int, at: slice) -> None:
         fields["time"][:, at] = fields["clock"][:, at.start - 1] = time

@@ -40,7 +40,8 @@ class Sampler(ABC):
         self.allowed = grammar(self.vocab, padded_vocab_size(self.vocab.size), model.device)
         self.seq_length = model.config.data.seq_length
         self.chooses = chooses_images(model.family)
-        self.twins = self.guides if decoding.guided and any(IMAGE in row.plan or row.auto for row in self.rows) else 0
+        self.draws = any(IMAGE in row.plan or row.auto for row in self.rows)
+        self.twins = self.guides if decoding.guided and self.draws else 0
 
     guides = 1
     """Contexts that guidance compares with."""
@@ -52,7 +53,7 @@ class Sampler(ABC):
             ValueError: a prompt leaves no room for what is to follow, or its images do not fit the model.
         """
         capacity = self._capacity()
-        with Decoder.open(self.model, len(self.rows) * (1 + self.twins), capacity) as self.decoder:
+        with Decoder.open(self.model, len(self.rows) * (1 + self.twins), capacity, self.draws) as self.decoder:
             while any(row.plan for row in self.rows):
                 writing = [row for row in self.rows if row.plan and row.plan[0] != IMAGE]
                 if writing:

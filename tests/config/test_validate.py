@@ -170,7 +170,28 @@ def test_accepts(world_size, overrides):
         (
             1,
             ["model=showo_flow", "model.flow_heads=3"],
-            r"hidden_size=128 must be a multiple of model\.flow_heads=3",
+            r"model\.flow_hidden_size=2048 must be a multiple of twice model\.flow_heads=3",
+        ),
+        (
+            1,
+            ["model=showo_flow", "model.flow_query_groups=5"],
+            r"flow_heads=32 must be a multiple of model\.flow_query",
+        ),
+        (
+            8,
+            ["model=showo_flow", "model.trunk.num_attention_heads=8", f"{TP}=8", "model.flow_query_groups=4"],
+            r"model\.flow_query_groups=4 must be a multiple of parallel\.tensor_model_parallel_size=8",
+        ),
+        (
+            8,
+            [
+                "model=showo_flow",
+                "model.trunk.num_attention_heads=8",
+                f"{CP}=8",
+                f"{COMM}=ulysses",
+                "model.flow_heads=4",
+            ],
+            r"context_parallel_comm=ulysses spreads the heads of a tensor-parallel rank \(4 and ",
         ),
         (1, ["model=showo_flow", "model.semantic_heads=7"], r"size=1152 must be a multiple of model\.semantic_heads=7"),
         (1, ["model=janus", "model.encoder.patch_size=5"], r"encoder\.patch_size=5 must divide .*image_size=32"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from documents import label_counts, length
-from plain_ops import PlainOps
+from plain_ops import PlainOps, with_further
 
 from megatron_mm import mask as masks
 from megatron_mm.config.flow import ShowoFlowConfig
@@ -27,6 +27,10 @@ CONFIG = ShowoFlowConfig(
     semantic_heads=2,
     semantic_ffn_size=16,
     flow_layers=1,
+    flow_hidden_size=8,
+    flow_heads=2,
+    flow_query_groups=1,
+    flow_ffn_size=16,
     condition_dropout=0.0,
 )
 
@@ -95,14 +99,15 @@ def test_losses(sample, packed):
     samples = [sample(kinds, latents, uid) for uid, kinds in enumerate(["ti", "t", "iti", "ti", "ti", "ti"])]
     batch, _ = packed(fam, [samples[:3], samples[3:]], 80)
     batch = batch.to("cpu", torch.float64)
-    hidden = front(batch)
+    embedded = front(batch)
+    hidden = with_further(back, embedded, batch)
     sums, labels, time = back(hidden, batch), batch.fields["labels"], batch.fields["time"]
     valid, noised = labels != IGNORE, (time >= 0) & (time < UNIT)
     assert label_counts(fam, batch) == {"text": int(valid.sum()), "image": int(noised.sum())} and noised.any()
     torch.testing.assert_close(
         sums["text"], F.cross_entropy(back.logits(hidden)[valid], labels[valid], reduction="sum")
     )
-    predicted = back.predict_velocity(hidden, batch)
+    predicted = back.velocity(hidden)
     expected = F.mse_loss(predicted[noised], batch.fields["velocity"][noised], reduction="sum") / fam.patch_dim
     torch.testing.assert_close(sums["image"], expected)
     assert [(term.name, term.weight) for term in fam.terms] == [("text", 1.0), ("image", 2.0)]
@@ -118,7 +123,7 @@ def test_the_front_puts_both_paths_and_the_time_in_their_places(sample, packed):
     time, clock = batch.fields["time"], batch.fields["clock"]
     text = (time < 0) & (clock < 0)
     torch.testing.assert_close(x[text], front.embedding(batch.tokens)[text])
-    torch.testing.assert_close(x[clock >= 0], front.time(clock[clock >= 0] / 1000))
+    torch.testing.assert_close(x[clock >= 0], front.clock_in(front.clock(clock[clock >= 0])))
     patches = batch.fields["patches"]
     fused = front.fusion(front.semantic(patches, batch.grids), front.projector(patches))
     torch.testing.assert_close(x[time >= 0], fused[time >= 0])

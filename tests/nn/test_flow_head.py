@@ -1,17 +1,27 @@
 """Show-o2's image paths: what they depend on, and that images do not mix."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
-from transformers import SiglipVisionConfig
+from diffusers.models.embeddings import get_timestep_embedding
+from plain_ops import PlainOps
+from transformers import LlamaConfig, SiglipVisionConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
-from megatron_mm.nn.flow_head import AdaLayer, FlowHead, SemanticLayers
+from megatron_mm import mask as masks
+from megatron_mm.config.flow import ShowoFlowConfig
+from megatron_mm.config.model import TrunkConfig
+from megatron_mm.nn.flow import UNIT
+from megatron_mm.nn.flow_head import ClockEmbedding, FlowHead, SemanticLayers, llama3_frequencies, runs
+from megatron_mm.nn.patch import sinusoids
 from megatron_mm.types import Grids
 
 PLACES = [(0, 1, 2, 2), (0, 6, 2, 2), (1, 3, 2, 2)]
 IMAGES = Grids.of(PLACES, 12)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -54,51 +64,80 @@ def test_semantic_layers_are_siglips():
         torch.testing.assert_close(out[row, first : first + h * w], expected)
 
 
-def test_ada_layer_is_dits():
-    theirs = randomised(
-        BasicTransformerBlock(
-            16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=10, norm_elementwise_affine=False,
-            activation_fn="gelu-approximate", attention_bias=True,
-        )
+def test_places_of_other_grids_lie_between_the_learnt_ones():
+    """By the bicubic interpolation that transformers' SigLIP has."""
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=2, image_size=32, patch_size=2,
     )  # fmt: skip
-    ours = AdaLayer(16, 2).double()
-    to = theirs.attn1
-    ours.qkv.weight.data.copy_(torch.cat([to.to_q.weight, to.to_k.weight, to.to_v.weight]))
-    ours.qkv.bias.data.copy_(torch.cat([to.to_q.bias, to.to_k.bias, to.to_v.bias]))
-    for mine, other in (
-        (ours.proj, to.to_out[0]),
-        (ours.fc1, theirs.ff.net[0].proj),
-        (ours.fc2, theirs.ff.net[2]),
-        (ours.modulate, theirs.norm1.linear),
-    ):
-        mine.load_state_dict(other.state_dict())
-    theirs.norm1.eps = theirs.norm1.norm.eps = theirs.norm3.eps = 1e-6
-    x = torch.randn(3, 5, 16, dtype=torch.float64)
-    time, label = torch.tensor([3, 4, 5]), torch.tensor([1, 0, 2])
-    c = F.silu(theirs.norm1.emb(time, label, hidden_dtype=torch.float64))
-    torch.testing.assert_close(ours(x, c), theirs(x, timestep=time, class_labels=label), rtol=1e-7, atol=1e-9)
+    theirs = randomised(SiglipVisionModel(config))
+    theirs = (theirs.vision_model if hasattr(theirs, "vision_model") else theirs).embeddings
+    ours = SemanticLayers(12, (16, 16), config).double()
+    ours.position.data.copy_(theirs.position_embedding.weight)
+    for h, w in ((16, 16), (8, 20), (24, 3)):
+        expected = theirs.interpolate_pos_encoding(torch.empty(1, h * w, 8), 2 * h, 2 * w)
+        torch.testing.assert_close(ours.places(h, w)[None], expected)
+
+
+def test_runs_of_times():
+    time = torch.tensor([[-1, -1, 5, 5, 5, -1], [-1, 7, 7, 7, 9, 9]], dtype=torch.int32)
+    number, values = runs(time, 7)
+    assert values.tolist() == [-1, 5, -1, 7, 9, -1, -1]
+    assert torch.equal(values[number], time) and number.shape == time.shape
+    number, values = runs(torch.full((2, 3), -1), 1)
+    assert values.tolist() == [-1] and not number.any()
+
+
+def test_frequencies_are_llama3s():
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=2048, num_attention_heads=32, head_dim=64, rope_parameters=rope)
+    theirs, scaling = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+    assert scaling == 1.0
+    torch.testing.assert_close(llama3_frequencies(64, 500000.0, CPU).float(), theirs, rtol=1e-6, atol=0)
+
+
+def test_clock_is_the_official_codes():
+    """Sinusoids of the time itself in [0, 1], as diffusers' `Timesteps` gives them; then Linear, SiLU, Linear."""
+    clock = ClockEmbedding(6)
+    times = torch.tensor([0, 250_000, UNIT])
+    waves = get_timestep_embedding(times / UNIT, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(sinusoids(times / UNIT), waves, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(clock(times), clock[2](F.silu(clock[0](waves))), rtol=1e-5, atol=1e-6)
+
+
+LAYERS = TrunkConfig(num_layers=2, hidden_size=16, num_attention_heads=2, num_query_groups=1, ffn_hidden_size=24)
+
+
+def attended(n=12):
+    meta = torch.zeros(2, 6, n, dtype=torch.int32)
+    mask = masks.with_spans(n, [(first, first + 4) for _, first, _, _ in PLACES[:2]])
+    meta[:, :3], meta[:, 3] = torch.from_numpy(mask), torch.arange(n)
+    return SimpleNamespace(meta=meta)
 
 
 def test_flow_head_starts_at_zero_and_hears_of_time():
-    head = FlowHead(16, 2, 2, 4)
-    hidden, time = torch.randn(2, 12, 16), torch.full((2, 12), -0.001)
-    time[inside()] = 300.0
-    assert head(hidden, time, IMAGES).any()  # as built; the engine draws the weights with these deviations:
-    assert head.out.weight.init_std == head.modulate.weight.init_std == head.layers[0].modulate.weight.init_std == 0.0
-    head = randomised(head)
-    hidden, time = hidden.double(), time.double()
-    out = head(hidden, time, IMAGES)
-    assert not out[~inside()].any() and out[inside()].any()
+    head = FlowHead(8, LAYERS, 4, PlainOps())
+    assert head.out.weight.init_std == head.modulate.weight.init_std == 0.0  # the engine draws weights by these
+    head, hidden = randomised(head), torch.randn(2, 12, 8, dtype=torch.float64)
+    time = torch.full((2, 12), -1, dtype=torch.int32)
+    time[inside()] = 300_000
+    out = head(hidden, time, 3, attended())
     later = time.clone()
-    later[0, 1:5] = 700.0
-    changed = (head(hidden, later, IMAGES) != out).any(-1)
-    assert changed[0, 1:5].all() and not changed[0, 5:].any() and not changed[1].any()
-    partly = time.clone()
-    partly[0, 1] = -0.001  # a position borrowed from another rank
-    torch.testing.assert_close(head(hidden, partly, IMAGES), out)
+    later[0, 6:10] = 700_000
+    changed = (head(hidden, later, 3, attended()) != out).any(-1)
+    assert changed[0, 6:].all(), "an image whose time it is, and what sees it"
+    assert not changed[0, :6].any() and not changed[1].any()
 
 
-def test_without_images_parameters_get_zero_gradients():
-    head = FlowHead(16, 2, 1, 4)
-    head(torch.randn(1, 3, 16), torch.zeros(1, 3), ()).sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+def test_flow_head_has_the_published_parameters():
+    """Layer by layer what `DiffusionHeadConfig`, `ModulatedAttentionBlock` and `FinalLayer` of the official code have,
+    and around them `diff_proj` and `time_embed`."""
+    with torch.device("meta"):
+        head = FlowHead(3584, ShowoFlowConfig().flow_head, 64, PlainOps())
+    attention = 2048 * 2048 * 2 + 2 * 2048 * 512 + 2 * 64
+    layer = attention + 3 * 2048 * 8192 + 2 * 2048 + (2048 + 1) * 6 * 2048
+    final = 2048 + (2048 + 1) * 64 + (2048 + 1) * 2 * 2048
+    inward, clock = (3584 + 1) * 2048 + (2048 + 1) * 2048, (256 + 1) * 2048 + (2048 + 1) * 2048
+    assert sum(p.numel() for p in head.parameters()) == 10 * layer + final + inward + clock

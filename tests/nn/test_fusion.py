@@ -19,6 +19,7 @@ from megatron_mm.nn.fusion import (
     gelu_tanh,
     liger_rms_norm,
     norm_heads,
+    rotary_frequencies,
     rotary_table,
     rotate,
     select,
@@ -38,7 +39,9 @@ def cases(dtype=torch.float64, device="cpu") -> dict:
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
     positions = torch.arange(S).repeat(B, 1).t().to(device)
     keys = torch.tensor([[5, 2**31 - 7]], device=device).expand(S, B).int()
-    table = rotary_table(positions, D, 10000.0, torch.promote_types(dtype, torch.float32)).unsqueeze(2)
+    table = rotary_table(
+        positions, rotary_frequencies(D, 10000.0, positions.device), torch.promote_types(dtype, torch.float32)
+    ).unsqueeze(2)
     return {
         # A head's queries as megatron-core cuts them: a view into the mixed projection.
         "rotate": (rotate, [draw(S, B, H, 3 * D)[..., :D]], [table]),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_mm.config.compose import Config
+from megatron_mm.config.validate import attending
 from megatron_mm.documents.traits import MaskTraits
 from megatron_mm.families.base import Family
 from megatron_mm.parallel.context.groups import Groups, connect, make_groups
@@ -87,8 +88,8 @@ class ContextParallel:
         self._compared = layout.cp_size == 1
         if layout.cp_size > 1:
             near = int(os.environ.get("LOCAL_WORLD_SIZE", Hardware.node_size)) // layout.tp_size
-            work = Work.of(family.trunk, config.train, layout.tp_size)
-            self._ways = Ways.of(config.parallel, work, Hardware(node_size=max(near, 1)))
+            works = [Work.of(layers, config.train, layout.tp_size) for layers in attending(family.config)]
+            self._ways = Ways.of(config.parallel, works, Hardware(node_size=max(near, 1)))
             self._groups = make_groups(self._ways.inner_sizes)
             connect(mpu.get_context_parallel_group())
             if layout.rank == 0:

@@ -54,6 +54,16 @@ class Shard:
         """int32 [B, 3, n]."""
         return self.meta[:, :3]
 
+    def own_back(self) -> PackedBatch:
+        """`back` at this rank's own positions alone."""
+        assert self.back is not None
+        if self.widening is None:
+            return self.back
+        own, rows = self.widening.own, len(self.meta)
+        fields = {name: values.flatten(0, 1)[own].unflatten(0, (rows, -1)) for name, values in self.back.fields.items()}
+        tokens = self.back.tokens.flatten()[own].view(rows, -1)
+        return replace(self.back, tokens=tokens, meta=self.meta, fields=fields, grids=())
+
     def of_stage(self, first: bool, last: bool, fields: Mapping[str, FieldSpec], dtype: torch.dtype) -> Shard:
         """What a stage with these ends reads; `dtype` as in `FieldSpec`."""
         return replace(
@@ -160,20 +170,18 @@ def _select(batch: PackedBatch, places: np.ndarray, fields: Mapping[str, FieldSp
         taken = values[row, index]
         return taken.masked_fill_(filling.view(*filling.shape, *[1] * (taken.ndim - 2)), fill)
 
-    def keep(images: Sequence[Sequence[int]]) -> list[tuple[int, int, int, int]]:
-        return [
-            (b, place, height, width)
-            for b, first, height, width in images
-            if (place := _place(places[b], first, height * width)) is not None
-        ]
+    here = [
+        (b, place, height, width)
+        for b, first, height, width in _encoded(batch)
+        if (place := _place(places[b], first, height * width)) is not None
+    ]
 
     return replace(
         batch,
         tokens=take(batch.tokens, pad),
         meta=take(batch.meta.transpose(1, 2), 0).transpose(1, 2).contiguous(),
         fields={name: take(values, fields[name].fill) for name, values in batch.fields.items()},
-        images=np.array(keep(batch.images.tolist()), np.int32).reshape(-1, 4),
-        grids=Grids.of(keep(_encoded(batch)), places.shape[1]),
+        grids=Grids.of(here, places.shape[1]),
     )
 
 

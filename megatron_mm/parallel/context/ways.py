@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -44,8 +45,9 @@ class Ways:
     hardware: Hardware
 
     @staticmethod
-    def of(parallel: ParallelConfig, work: Work, hardware: Hardware) -> Ways:
-        """Those of `parallel.context_parallel_comm`; for `auto` all that the heads permit."""
+    def of(parallel: ParallelConfig, works: Sequence[Work], hardware: Hardware) -> Ways:
+        """Those of `parallel.context_parallel_comm`; for `auto` all that the heads permit. `works`: of all kinds of
+        layers that attend, the trunk's first, whose time counts."""
         ranks = parallel.context_parallel_size
         named = {
             "ring": [(1, True)],
@@ -56,10 +58,12 @@ class Ways:
         inners = [
             inner
             for inner in sorted({min(hardware.node_size, ranks), ranks})
-            if 1 < inner <= ranks and ranks % inner == 0 and heads_divide(work.heads, work.key_heads, 1, inner)
+            if 1 < inner <= ranks
+            and ranks % inner == 0
+            and all(heads_divide(work.heads, work.key_heads, 1, inner) for work in works)
         ]
         every = [(1, False), (1, True), *((inner, relays) for inner in inners for relays in (False, True))]
-        return Ways(ranks, tuple(named.get(parallel.context_parallel_comm, every)), work, hardware)
+        return Ways(ranks, tuple(named.get(parallel.context_parallel_comm, every)), works[0], hardware)
 
     @property
     def inner_sizes(self) -> list[int]:

@@ -76,8 +76,9 @@ def test_images_are_whole_and_counted_once(cut):
             for row, first, height, width in batch.images.tolist()
             if np.isin(np.arange(first, first + height * width), positions).any()
         ]
-        assert len(front.images) == len(touched)
-        for (row, first), (row_here, place, height, width) in zip(touched, front.images.tolist(), strict=True):
+        here = [image for grids in front.grids for image in grids.images(front.tokens.shape[1])]
+        assert len(here) == len(touched)
+        for (row, first), (row_here, place, height, width) in zip(touched, here, strict=True):
             size = height * width
             assert row_here == row
             for name in ("patches", "timestep", "noise"):

@@ -51,7 +51,7 @@ def test_pairs_are_spread_over_the_keys_needed():
     ],
 )
 def test_the_fastest_is_chosen(mask, hardware, expected):
-    ways = Ways.of(ParallelConfig(context_parallel_size=4), WORK, hardware)
+    ways = Ways.of(ParallelConfig(context_parallel_size=4), [WORK], hardware)
     assert set(ways.inner_sizes) == {1, min(hardware.node_size, 4), 4}
     rows = masks.concatenate([mask], LENGTH)[None]
     chosen = ways.best(rows)
@@ -64,7 +64,7 @@ def test_the_fastest_is_chosen(mask, hardware, expected):
 )
 def test_named_ways(comm, options):
     parallel = ParallelConfig(context_parallel_size=8, context_parallel_comm=comm, ulysses_size=2)
-    assert set(Ways.of(parallel, WORK, Hardware()).options) == options
+    assert set(Ways.of(parallel, [WORK], Hardware()).options) == options
 
 
 def test_neighbours_share_a_part():
