@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         classifier = train_classifier(images_of(real), labels_of(real), config.seed)
         began = time.perf_counter()
         status.update("drawing images")
-        scale = config.cfg_scale if config.cfg_scale is not None else 3.0 if model.codec.codes else 5.0
+        scale = config.cfg_scale if config.cfg_scale is not None else 3.0 if model.codec.codes else 4.0
         asked = {"cfg_scale": scale, "steps": config.steps, "batch_size": 100}
         settings = settings_for(run.model.family, seed=config.seed, **asked)
         draws = refusal(model, ["image"]) is None

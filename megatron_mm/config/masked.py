@@ -57,6 +57,13 @@ class MMaDAConfig(MaskedConfig):
 
     family: str = "mmada"
     image: ImageConfig = ImageConfig(channels=3, height=32, width=32)
+    r2i_share: float = 0.0
+    """Share of documents in which a text and an image answer a text that teach both at once, masked together (the
+    official code's r2i); the others teach one of the two."""
+    r2i_weight: float = 1.0
+    """Of such answers."""
+    r2i_id: int | None = None
+    """Id of that task in a converted model; null: behind all others."""
     text_block: int = 64
     """Answers end in EOS up to a multiple of this, so that the number of masks does not give their length away;
     sampling adds as many masks at a time."""

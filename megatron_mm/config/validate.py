@@ -13,15 +13,16 @@ from typing import Any
 from megatron_mm.config.compose import Config, ConfigError, ModelConfig
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.janus import EncoderConfig, JanusConfig
+from megatron_mm.config.masked import MMaDAConfig
 from megatron_mm.config.model import PatchedConfig, TransfusionConfig, TrunkConfig
 from megatron_mm.config.schema import DataConfig, ParallelConfig
 from megatron_mm.config.unimoe import UniMoEConfig
 
-IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask"}
+IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask", "r2i_id"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
 """Whole numbers that may be 0; all others count something and start at 1."""
 
-ORDERS = {"caption_first", "image_first", "generation_share", "condition_dropout"}
+ORDERS = {"caption_first", "image_first", "generation_share", "r2i_share", "condition_dropout"}
 SHARES = {"adam_beta1", "adam_beta2", "dropout", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
 """Numbers between 0 and 1; all others are 0 or more."""
 
@@ -223,6 +224,12 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         yield from _showo_flow(config.model, config.parallel)
     if isinstance(config.model, TransfusionConfig):
         yield from _transfusion(config.model)
+    if isinstance(config.model, MMaDAConfig):
+        yield (
+            config.model.r2i_share > 0 and config.model.vocab_size is not None and config.model.r2i_id is None,
+            f"model.r2i_share={config.model.r2i_share} needs an id for its task among the model.vocab_size="
+            f"{config.model.vocab_size} entries: set model.r2i_id.",
+        )
     if isinstance(config.model, JanusConfig | UniMoEConfig):
         yield from _encoder(config.model.encoder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from megatron_mm.config.model import SpecialsConfig
 
@@ -54,6 +54,11 @@ class Vocabulary:
         return Vocabulary(
             text_size, *common, image_start=start, image_codes=image_codes, size=size or needed, special=own
         )
+
+    def adding(self, name: str, token: int | None) -> Vocabulary:
+        """With one more id that only some families have; behind all others if it is None."""
+        token = self.size if token is None else token
+        return replace(self, size=max(self.size, token + 1), special={**self.special, name: token})
 
     @staticmethod
     def at(ids: SpecialsConfig, text_size: int, image_codes: int, size: int | None) -> Vocabulary:

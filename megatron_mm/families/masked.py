@@ -22,8 +22,9 @@ from megatron_mm.families.tokens import TokenBack, TokenFront, image_codes
 from megatron_mm.nn.ops import ParallelOps
 from megatron_mm.types import LossTerm, PackedBatch
 
-T2I, LM, MMU, CHAT = "t2i", "lm", "mmu", "chat"
-"""Loss terms: masked image codes, text alone, text that has images to go by, answers of text to text."""
+T2I, LM, MMU, CHAT, R2I = "t2i", "lm", "mmu", "chat", "r2i"
+"""Loss terms: masked image codes, text alone, text that has images to go by, answers of text to text, and of text and
+an image together."""
 
 ConfigT = TypeVar("ConfigT", bound=MaskedConfig)
 
@@ -50,17 +51,18 @@ class MaskedFamily(Generic[ConfigT]):
         """The token that stands for any other."""
         return self.vocab.special["mask"]
 
-    def image(self, part: ImagePart, boi: Role = Role.GIVEN, term: str = "") -> Items:
-        """BOI, codes and EOI, which see each other; codes that are drawn are masked in place."""
+    def image(self, part: ImagePart, boi: Role = Role.GIVEN, term: str = "", drawn: str = T2I) -> Items:
+        """BOI, codes and EOI, which see each other; `term` is BOI's, if it is predicted, and `drawn` that of codes that
+        are drawn, which are masked in place."""
         role, grid = Role.IN_PLACE if part.drawn else Role.GIVEN, (part.height, part.width)
-        codes = Span(part.height * part.width, None, part.source, role, T2I, grid)
+        codes = Span(part.height * part.width, None, part.source, role, drawn, grid)
         return [Block((special(self.vocab.boi, boi, term), codes, special(self.vocab.eoi)))]
 
     def fill(self, draft: Draft, streams: Streams) -> None:
         for number, (place, segment) in enumerate(draft.images()):
             codes = image_codes(draft.sample, segment, self.config.image, self.image_codes)
             draft.write(place.at, codes + self.vocab.image_start)
-            if place.span.role is Role.IN_PLACE:
+            if place.span.role is Role.IN_PLACE and place.span.term == T2I:
                 hidden = mask_image(codes.size, streams.generator("mask", number))
                 draft.mask(np.arange(place.first, place.end), hidden, self.mask_id)
 

@@ -37,7 +37,6 @@ from megatron_mm.nn.flow_head import ClockEmbedding, FlowHead, Fusion, SemanticL
 from megatron_mm.nn.init import linear
 from megatron_mm.nn.ops import Attended, ParallelOps
 from megatron_mm.nn.patch import patchify
-from megatron_mm.nn.siglip import siglip
 from megatron_mm.types import BACK, FRONT, IGNORE, FieldSpec, LossTerm, PackedBatch
 
 IMAGE = 1
@@ -125,17 +124,17 @@ class ShowoFlowFront(nn.Module):
     ) -> None:
         super().__init__()
         hidden = config.trunk.hidden_size
-        encoder = siglip().SiglipVisionConfig(
+        self.embedding = ops.vocab_embedding(vocab.size, hidden)
+        self.semantic = SemanticLayers(
+            patch_dim,
+            grid,
             hidden_size=config.semantic_hidden_size,
             intermediate_size=config.semantic_ffn_size,
             num_hidden_layers=config.semantic_layers,
             num_attention_heads=config.semantic_heads,
-            attn_implementation="sdpa",
         )
-        self.embedding = ops.vocab_embedding(vocab.size, hidden)
-        self.semantic = SemanticLayers(patch_dim, grid, encoder)
         self.projector = linear(patch_dim, hidden)
-        self.fusion = Fusion(encoder.hidden_size, hidden)
+        self.fusion = Fusion(config.semantic_hidden_size, hidden)
         self.clock = ClockEmbedding(config.flow_hidden_size)
         self.clock_in = linear(config.flow_hidden_size, hidden)
 

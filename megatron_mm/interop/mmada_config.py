@@ -58,6 +58,8 @@ _IDS = {
     "mmu": 126089,
 }
 """Entries of LLaDA's vocabulary, most of them reserved ones; image codes stand behind its last."""
+R2I_ID = 126094
+"""Likewise, of a task that only `model.r2i_share` trains."""
 
 
 def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
@@ -87,6 +89,7 @@ def overrides_from_hf(hf: Mapping[str, Any]) -> list[str]:
         *square_overrides(hf),
         f"model.vocab_size={hf.get('embedding_size') or hf['vocab_size']}",
         *id_overrides(hf, _IDS | {"mask": hf["mask_token_id"]}),
+        f"model.r2i_id={R2I_ID}",
     ]
 
 

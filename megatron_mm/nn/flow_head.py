@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +30,12 @@ class SemanticLayers(nn.Module):
 
     Args:
         grid: rows and columns of the places that are learnt, between which those of an image of another grid are
-            interpolated. config: transformers' SiglipVisionConfig.
+            interpolated. sizes: of transformers' SiglipVisionConfig.
     """
 
-    def __init__(self, patch_dim: int, grid: tuple[int, int], config: Any) -> None:
+    def __init__(self, patch_dim: int, grid: tuple[int, int], **sizes: int) -> None:
         super().__init__()
+        config = siglip().SiglipVisionConfig(attn_implementation="sdpa", **sizes)
         self.width, self.grid = config.hidden_size, grid
         self.embed = linear(patch_dim, self.width)
         self.position = nn.Parameter(torch.zeros(grid[0] * grid[1], self.width))

@@ -13,7 +13,7 @@ from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.model import StageModel
 
 
-def through_stages(stage: StageModel, part: Part, further: bool) -> torch.Tensor:
+def through_stages(stage: StageModel, part: Part, further: bool = True) -> torch.Tensor:
     """The trunk's output [n, B, D] on the last stage, and what `further` layers make of it; on the others this stage's
     own, of the trunk's shape."""
     if not stage.pre_process:

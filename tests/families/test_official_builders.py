@@ -13,6 +13,7 @@ from documents import lay_out
 from megatron_mm import mask as masks
 from megatron_mm.config.masked import MMaDAConfig, ShowoConfig
 from megatron_mm.config.model import ImageConfig, TrunkConfig
+from megatron_mm.data.shape import ImagePart, Shape, TextPart
 from megatron_mm.families.mmada import MMaDA
 from megatron_mm.families.showo import Showo
 from megatron_mm.types import IGNORE, ImageSegment, Sample, TextSegment
@@ -162,6 +163,42 @@ def test_mmada_answers(mmada, asked):
         counted = document.fields["counted"]
         assert (counted >= 0).sum() == 1 and counted[len(head)] == (2 if "image" in asked else 3)
     assert abs(np.mean(shares)) < 0.1
+
+
+def test_mmada_text_and_image_as_one_answer(mmada):
+    """`r2i_prompt`, EOS up to a block in place of `max_text_len`; and of `forward_process_with_r2i` that a mask weighs
+    1 / p / length of the whole answer, EOS and codes included. BOI and EOI are given, as its `prompt_mask` says."""
+    family = MMaDA(replace(mmada.config, r2i_share=1.0, r2i_weight=0.5), 100)
+    v, terms = family.vocab, [term.name for term in family.terms]
+    head = [v.special["r2i"], v.bos, *WORDS]
+    answer = [*ANSWER, *[v.eos] * 6]
+    given = np.array([True] * len(head) + [False] * len(answer) + [True] + [False] * 6 + [True])
+    assert (v.special["r2i"], v.size) == (mmada.vocab.size, mmada.vocab.size + 1), "no other id moves"
+    shares = []
+    for document in masked_documents(family, text(WORDS, loss=False), text(ANSWER), ImageSegment(CODES)):
+        sequence, hidden = unmasked(family, document)
+        assert sequence == [*head, *answer, v.boi, *codes_of(family), v.eoi]
+        assert not hidden[given].any() and document.mask[1].tolist() == [len(sequence)] * len(sequence)
+        assert document.fields["labels"].tolist() == np.where(hidden, sequence, IGNORE).tolist()
+        (weight,) = set(document.fields["weight"][hidden].tolist())
+        shares.append(hidden[~given].mean() - 1 / (weight * (~given).sum()))
+        counted = document.fields["counted"]
+        assert (counted >= 0).sum() == 1 and counted[len(head)] == terms.index("r2i")
+    assert abs(np.mean(shares)) < 0.1 and dict(family.weights())["r2i"] == 0.5
+
+
+def test_mmada_answers_with_text_or_image_otherwise(mmada):
+    """A share of such documents, and no others, teach both at once."""
+    family = MMaDA(replace(mmada.config, r2i_share=0.25), 100)
+    given, learnt, image = TextPart(0, 3, loss=False), TextPart(1, 2), ImagePart(2, 2, 3)
+    asked = family.choices(Shape((given, learnt, image)))
+    assert [(weight, shape.task) for weight, shape in asked if weight] == [
+        (0.25, "r2i"),
+        (0.375, "auto"),
+        (0.375, "auto"),
+    ]
+    for parts in ([given, image], [learnt, image], [learnt, given, image], [given, learnt, image, TextPart(3, 2)]):
+        assert all(shape.task == "auto" for _, shape in family.choices(Shape(tuple(parts))))
 
 
 def test_condition_dropout_is_an_empty_caption(showo, mmada):

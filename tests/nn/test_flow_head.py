@@ -43,12 +43,10 @@ def inside():
 
 
 def test_semantic_layers_are_siglips():
-    config = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2,
-        num_channels=3,
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = SiglipVisionConfig(**sizes, image_size=4, patch_size=2, num_channels=3)
     theirs = randomised(SiglipVisionModel(config)).eval()
-    ours = SemanticLayers(12, (2, 2), config).double().eval()
+    ours = SemanticLayers(12, (2, 2), **sizes).double().eval()
     vision = theirs.vision_model if hasattr(theirs, "vision_model") else theirs
     ours.layers.load_state_dict(vision.encoder.state_dict())
     embed = vision.embeddings
@@ -66,12 +64,10 @@ def test_semantic_layers_are_siglips():
 
 def test_places_of_other_grids_lie_between_the_learnt_ones():
     """By the bicubic interpolation that transformers' SigLIP has."""
-    config = SiglipVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=0, num_attention_heads=2, image_size=32, patch_size=2,
-    )  # fmt: skip
-    theirs = randomised(SiglipVisionModel(config))
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 0, "num_attention_heads": 2}
+    theirs = randomised(SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=2)))
     theirs = (theirs.vision_model if hasattr(theirs, "vision_model") else theirs).embeddings
-    ours = SemanticLayers(12, (16, 16), config).double()
+    ours = SemanticLayers(12, (16, 16), **sizes).double()
     ours.position.data.copy_(theirs.position_embedding.weight)
     for h, w in ((16, 16), (8, 20), (24, 3)):
         expected = theirs.interpolate_pos_encoding(torch.empty(1, h * w, 8), 2 * h, 2 * w)
