@@ -23,7 +23,7 @@ from megatron_mm.nn.fusion import add_dropped, compiled, rotate
 from megatron_mm.parallel.attention import SpanAttention
 from megatron_mm.parallel.context.runtime import SpreadAttention
 from megatron_mm.parallel.feed_forward import BlockwiseMLP
-from megatron_mm.parallel.lora import Adapted, LoraColumnParallelLinear, LoraRowParallelLinear
+from megatron_mm.parallel.lora import Adapted, LoraColumnParallelLinear, LoraLinear, LoraRowParallelLinear
 from megatron_mm.parallel.moe import Experts, experts_spec, is_moe_layer
 from megatron_mm.parallel.norms import NORMS, HeadNorm
 from megatron_mm.parallel.transformer_config import TrunkTransformerConfig
@@ -93,9 +93,9 @@ class PackedTransformerLayer(TransformerLayer):
 
     @functools.cached_property
     def _adapted(self) -> list[Adapted]:
-        """The adapted layers that see the sequence in order: all but those of experts."""
+        """The adapted layers that see the sequence in order: all but those of experts, and of conditions."""
         modules = [module for module in self.modules() if isinstance(module, Adapted)]
-        return [module for module in modules if module.lora and not module.is_expert]
+        return [m for m in modules if m.lora and not isinstance(m, LoraLinear) and not m.is_expert]
 
     def _show_tokens(self, attention_mask: torch.Tensor) -> None:
         if not self.training:

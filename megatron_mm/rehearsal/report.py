@@ -17,6 +17,10 @@ Stages = Mapping[str, Rehearsal]
 """Name of a pipeline stage -> what one of its ranks did."""
 
 
+PLACES = {"front": 0, "further": 2, "back": 3}
+"""Of the parts beside the layers, which stand at 1."""
+
+
 def tables(stages: Stages, step: StepTime, gpu_gigabytes: float) -> Iterator[Table]:
     yield memory_table(stages, gpu_gigabytes)
     yield parts_table(stages)
@@ -57,11 +61,9 @@ def _in_order(stages: Stages) -> list[tuple[str, str]]:
     found = []
     for each in stages.values():
         layers = sorted({part for part, _ in each.record.parts if part.startswith("layer ")}, key=lambda n: int(n[6:]))
-        shown = {*layers[1:2], "front", "back"}
+        shown = {*layers[1:2], *PLACES}
         found += [key for key in each.record.parts if key[0] in shown and key not in found]
-    return sorted(
-        found, key=lambda key: (not key[0].startswith("front"), key[0] == "back", key[0], order.get(key[1], 3))
-    )
+    return sorted(found, key=lambda key: (PLACES.get(key[0], 1), key[0], order.get(key[1], 3)))
 
 
 def _per_pass(rehearsal: Rehearsal, part: str, direction: str) -> str:

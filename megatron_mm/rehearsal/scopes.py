@@ -13,6 +13,7 @@ import megatron_mm.engines.megatron as engine_module
 from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.parallel.context.runtime import HostPart
 from megatron_mm.parallel.model import StageModel
+from megatron_mm.parallel.modulated import ModulatedLayers
 from megatron_mm.rehearsal.record import AGAIN, BACKWARD, ENGINE, FORWARD, GRADIENTS, OPTIMIZER, SCHEDULE
 from megatron_mm.rehearsal.recorder import Recorder
 
@@ -47,9 +48,12 @@ def scopes(recorder: Recorder, engine: MegatronEngine) -> Iterator[None]:
 
 
 def parts(model: StageModel) -> list[tuple[str, nn.Module]]:
-    """(name, module) of a chunk's parts, layers by their number in the whole model."""
+    """(name, module) of a chunk's parts: layers by their number in the whole model, a family's ends, and `further`,
+    layers behind the trunk."""
     found = [(f"layer {layer.layer_number - 1}", layer) for layer in model.decoder.layers]
-    return found + [(name, part) for name, part in (("front", model.front), ("back", model.back)) if part is not None]
+    ends = [(name, part) for name, part in (("front", model.front), ("back", model.back)) if part is not None]
+    inside = [module for _, part in ends for module in part.modules()]
+    return found + ends + [("further", module) for module in inside if isinstance(module, ModulatedLayers)]
 
 
 def _watch(recorder: Recorder, part: str, module: nn.Module) -> tuple:

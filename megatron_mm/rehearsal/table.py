@@ -46,7 +46,7 @@ LAYOUTS = {
     "cp2": ["parallel.context_parallel_size=2"],
     "recompute_full": ["parallel.recompute_granularity=full"],
 }
-PARTS = ("front", "layer 1", "layer 2", "back")
+PARTS = ("front", "layer 1", "layer 2", "further", "back")
 """The first layer also makes what all share; of Uni-MoE's layers every other one has experts."""
 DIRECTIONS = (FORWARD, AGAIN, BACKWARD)
 

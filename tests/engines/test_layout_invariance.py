@@ -151,6 +151,18 @@ def test_phi_trunk(name, precision, family, shards, tmp_path, baseline):
 
 
 @pytest.mark.slow
+def test_adapters_of_layers_behind_the_trunk(shards, tmp_path):
+    """Of what they read, and of what modulates them; with dropout, which tensor ranks draw alike."""
+    lora = ["lora.rank=2", "lora.dropout=0.2", "lora.targets=[back.flow.*]", *FEWER_ITERATIONS, *FP64]
+    runs = [
+        run_training(overrides_for("showo_flow", shards, tmp_path / name, *LAYOUTS[name][1], *lora), LAYOUTS[name][0])
+        for name in ("one_worker", "tp2_sp", "cp2_ring")
+    ]
+    for run in runs[1:]:
+        assert_same_curve(run, runs[0], 1e-9, 1e-9, FEWER)
+
+
+@pytest.mark.slow
 def test_frozen_encoder(shards, tmp_path, baseline):
     """Its weights have no gradients that a rank could wait for, and the run is another one."""
     runs = []
