@@ -4,7 +4,7 @@ at the borders of its tokens; never inside an image."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,10 +53,12 @@ class Pieces:
     samples: np.ndarray
     cut: dict[int, Piece]
 
-    def read(self, uid: int, read: Callable[[int], Sample]) -> Sample:
-        """Document `uid`, of the sample that `read` gives."""
-        sample = replace(read(int(self.samples[uid])), uid=uid)
-        return self.cut[uid].of(sample) if uid in self.cut else sample
+    def read(self, uid: int, read: Callable[[int, Collection[int] | None], Sample]) -> Sample:
+        """Document `uid`, of the sample that `read` gives, with the segments that are wanted (None: all)."""
+        piece = self.cut.get(uid)
+        wanted = {source for source, _, _ in piece.cuts} if piece else None
+        sample = replace(read(int(self.samples[uid]), wanted), uid=uid)
+        return piece.of(sample) if piece else sample
 
 
 def cut_up(shape: Shape, fits: Callable[[Shape], bool]) -> list[Piece]:

@@ -7,10 +7,11 @@ import io
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from megatron_mm.data.chat import PLAIN_CHAT, Chat
@@ -23,6 +24,8 @@ from megatron_mm.types import ImageSegment, Sample, Segment, TextSegment
 
 OPEN_SHARDS = 256
 """File descriptors a reader keeps open."""
+NOT_READ = ImageSegment(np.zeros((0, 0), np.int64))
+"""In place of a picture that a piece of a document does not have."""
 
 
 class SampleReader:
@@ -55,7 +58,8 @@ class SampleReader:
         """
         return self._pieces.read(uid, self._read) if self._pieces else self._read(uid)
 
-    def _read(self, uid: int) -> Sample:
+    def _read(self, uid: int, wanted: Collection[int] | None = None) -> Sample:
+        """Pictures among the segments are left empty, unless they are `wanted` or all are (None)."""
         index = self.index
         members = slice(index.starts[uid], index.starts[uid + 1])
         offsets, sizes = index.offsets[members].tolist(), index.sizes[members].tolist()
@@ -63,21 +67,27 @@ class SampleReader:
         try:
             block = self._open(index.path(uid)).read(first, end - first)
             head, *images = (block[o - first : o - first + n] for o, n in zip(offsets, sizes, strict=True))
-            segments, meta = self._segments(head, images, bool(index.paired[uid]))
+            segments, meta = self._segments(head, images, bool(index.paired[uid]), wanted)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{index.path(uid)}, sample {index.key(uid)!r}, cannot be read: {error}") from error
         task = self._tasks[bisect_right(self._firsts, uid) - 1]
         return Sample(uid, index.key(uid), segments, meta, task)
 
-    def _segments(self, head: bytes, images: list[bytes], paired: bool) -> tuple[tuple[Segment, ...], dict]:
+    def _segments(
+        self, head: bytes, images: list[bytes], paired: bool, wanted: Collection[int] | None
+    ) -> tuple[tuple[Segment, ...], dict]:
         if paired:
             return (TextSegment(self.tokenizer.encode(head.decode())), self._image(images[0], True)), {}
         document, pictures = json.loads(head), iter(images)
         parsed = parse_document(document, self.tokenizer, self.chat)
-        segments = tuple(
-            self._image(next(pictures), segment.loss) if isinstance(segment, Picture) else segment for segment in parsed
-        )
-        return segments, document.get("meta", {})
+        segments: list[Segment] = []
+        for number, segment in enumerate(parsed):
+            if isinstance(segment, Picture):
+                content, seen = next(pictures), wanted is None or number in wanted
+                segments.append(self._image(content, segment.loss) if seen else NOT_READ)
+            else:
+                segments.append(segment)
+        return tuple(segments), document.get("meta", {})
 
     def _image(self, content: bytes, loss: bool) -> ImageSegment:
         return replace(read_image(Image.open(io.BytesIO(content)), self.codec, self.encoder_side), loss=loss)

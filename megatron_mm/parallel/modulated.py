@@ -56,24 +56,23 @@ class ModulatedLayer(PackedTransformerLayer):
         self.modulate = linear(config.hidden_size, 6 * config.hidden_size, std=0.0)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        meta: torch.Tensor,
-        rotary: torch.Tensor,
-        attention: SpreadAttention | None,
-        number: torch.Tensor,
-        vectors: torch.Tensor,
-        present: torch.Tensor,
+        self, x: torch.Tensor, rotary: torch.Tensor, conditions: Conditions, attended: Attended
     ) -> torch.Tensor:
-        """[n, B, D] -> [n, B, D]; number [n, B], the rest as in `Conditions` and `Attended`."""
-        self._show_tokens(meta)
+        """[n, B, D] -> [n, B, D]."""
+        self._show_tokens(attended.meta)
+        number, present = conditions.number.t(), conditions.present[:, None]
+        tables = self.modulate(F.silu(conditions.vectors)).chunk(6, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            F.embedding(number, torch.where(present[:, None], table, float(gates)))
-            for gates, table in zip((0, 0, 1, 0, 0, 1), self.modulate(F.silu(vectors)).chunk(6, dim=-1), strict=True)
+            F.embedding(number, torch.where(present, table, unmoved))
+            for table, unmoved in zip(tables, (0.0, 0.0, 1.0, 0.0, 0.0, 1.0), strict=True)
         )
-        normed = modulated(self.input_layernorm(x), shift, scale)
-        attended, _ = self.self_attention(normed, meta, rotary_pos_emb=rotary, packed_seq_params=attention)
-        x = x + gate * attended
+        seen, _ = self.self_attention(
+            modulated(self.input_layernorm(x), shift, scale),
+            attended.meta,
+            rotary_pos_emb=rotary,
+            packed_seq_params=attended.attention,
+        )
+        x = x + gate * seen
         forwarded, _ = self.mlp(modulated(self.pre_mlp_layernorm(x), mlp_shift, mlp_scale))
         return x + mlp_gate * forwarded
 
@@ -94,13 +93,13 @@ class ModulatedLayers(nn.Module):
     def forward(self, x: torch.Tensor, conditions: Conditions, attended: Attended) -> torch.Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
         rotary = rotary_table(attended.meta[:, 3].t(), self.frequencies(x.device), precise).unsqueeze(2)
-        shared = (attended.meta, rotary, attended.attention, conditions.number.t(), conditions.vectors)
         x = x.transpose(0, 1).contiguous()
         for layer in self.layers:
             if self.recomputes and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *shared, conditions.present, use_reentrant=False, preserve_rng_state=False)
+                again = {"use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(layer, x, rotary, conditions, attended, **again)
             else:
-                x = layer(x, *shared, conditions.present)
+                x = layer(x, rotary, conditions, attended)
         return x.transpose(0, 1)
 
 

@@ -64,7 +64,7 @@ def test_an_image_is_never_cut_and_what_is_only_given_is_left_out():
     assert cuts(shape(-30, 9), 12) == [(((1, 0, 9),), False, True)]
 
 
-def test_pieces_are_trained_on_whole_and_once(tmp_path, layout):
+def test_pieces_are_trained_on_whole_and_once(tmp_path, layout, monkeypatch):
     rng = np.random.default_rng(0)
     picture = lambda: Image.fromarray(rng.integers(0, 256, (4, 4), dtype=np.uint8))  # noqa: E731
     records = [
@@ -75,6 +75,8 @@ def test_pieces_are_trained_on_whole_and_once(tmp_path, layout):
     write_shards(tmp_path / "s", records)
     data = DataConfig(path=str(tmp_path / "s"), seq_length=40, overlong="split", window=100)
     plan, reader, ledger = open_data(data, MODEL, layout, ByteTokenizer(), seed=0)
+    decoded, decode = [], reader.codec.encode
+    monkeypatch.setattr(reader.codec, "encode", lambda picture: decoded.append(picture) or decode(picture))
     uids = sorted(uid for pack in plan.packs(0, 0) for uid in pack)
     assert uids == list(range(len(plan.lengths)))
     found = {"short": "", "talk": "", "story": ""}
@@ -89,6 +91,7 @@ def test_pieces_are_trained_on_whole_and_once(tmp_path, layout):
         images += len(document.images)
         learnt += sample.key == "talk" and int((document.fields["labels"] != IGNORE).sum())
     assert found == {"short": "abc", "talk": "a" * 70, "story": "x" * 20 + "y" * 25 + "z" * 5} and images == 2
+    assert len(decoded) == 2, "a piece decodes its own pictures alone"
     assert learnt in (69, 70), "of what is given nothing, of the rest everything but where there is nothing before it"
     write_ledger(tmp_path / "ledger.jsonl", ledger)
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
