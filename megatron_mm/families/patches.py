@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_mm.config.flow import ShowoFlowConfig
 from megatron_mm.config.model import ImageConfig, TransfusionConfig
 from megatron_mm.data.shape import ImagePart
+from megatron_mm.documents.spans import Block, Items, Role, Span, length_of
 from megatron_mm.types import ImageSegment, Sample
 
 
@@ -40,6 +44,15 @@ class PatchGrid:
                 f"[{image.channels}, {size}]. Change model.image or the shards."
             )
         return segment.data
+
+
+def drawn_in_place(clean: Sequence[Span], reading: str, copied: bool) -> Items:
+    """A block that ends in an image, of whose `clean` form these are the spans, noised and predicted in place. If
+    `copied`, it is hidden from what follows, which sees the clean one behind it, at the same positions."""
+    *lead, image = clean
+    drawn = Block((*lead, replace(image, role=Role.IN_PLACE, term="image", reading=reading)), hidden=copied)
+    first, *rest = clean
+    return [drawn, Block((replace(first, rewind=length_of(clean)), *rest))] if copied else [drawn]
 
 
 def pixels_of(sample: Sample, segment: ImageSegment, side: int) -> np.ndarray:

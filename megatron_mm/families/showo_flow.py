@@ -16,8 +16,6 @@ costs an image's positions once more, its time's among them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import nn
@@ -30,7 +28,7 @@ from megatron_mm.documents.choices import Choices, drawing_all, drawing_one
 from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
 from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.families.base import LossSums
-from megatron_mm.families.patches import PatchGrid
+from megatron_mm.families.patches import PatchGrid, drawn_in_place
 from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.flow import UNIT, FlowTimes, interpolate
 from megatron_mm.nn.flow_head import ClockEmbedding, FlowHead, Fusion, SemanticLayers
@@ -107,13 +105,8 @@ class ShowoFlow(PatchGrid):
 
     def _image(self, part: ImagePart, followed: bool) -> Items:
         h, w = self.grid(part)
-        image, time = Span(h * w, source=part.source, grid=(h, w), encoded=True), special(self.vocab.pad)
-        if not part.drawn:
-            return [Block((time, image))]
-        drawn = Block((time, replace(image, role=Role.IN_PLACE, term="image")))
-        if followed and self.config.clean_context:
-            return [replace(drawn, hidden=True), Block((replace(time, rewind=1 + h * w), image))]
-        return [drawn]
+        clean = special(self.vocab.pad), Span(h * w, source=part.source, grid=(h, w), encoded=True)
+        return drawn_in_place(clean, "", followed and self.config.clean_context) if part.drawn else [Block(clean)]
 
 
 class ShowoFlowFront(nn.Module):

@@ -16,8 +16,6 @@ clean copy stands behind the noised one, at the same positions, and hides it. It
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import nn
@@ -30,7 +28,7 @@ from megatron_mm.documents.choices import Choices, drawing_all
 from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
 from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.families.base import LossSums
-from megatron_mm.families.patches import PatchGrid
+from megatron_mm.families.patches import PatchGrid, drawn_in_place
 from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
@@ -104,10 +102,7 @@ class Transfusion(PatchGrid):
             return [Block((image,))]
         followed = part is not shape.parts[-1]
         limited = followed and len(shape.parts) == 2 and not self.config.clean_context
-        drawn = replace(image, role=Role.IN_PLACE, term="image", reading=LESS_NOISED if limited else NOISED)
-        if followed and self.config.clean_context:
-            return [Block((drawn,), hidden=True), Block((replace(image, rewind=h * w),))]
-        return [Block((drawn,))]
+        return drawn_in_place([image], LESS_NOISED if limited else NOISED, followed and self.config.clean_context)
 
     def _draw_timestep(self, streams: Streams, image: int, reading: str) -> int:
         end = self.config.num_train_timesteps
