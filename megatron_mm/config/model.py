@@ -166,6 +166,11 @@ class TransfusionConfig:
     """What follows an image that is learnt sees a clean copy of it, as in sampling, in place of the noised one; costs
     an image's positions once more."""
 
+    @property
+    def tells_places(self) -> bool:
+        """Whether patches carry their row and column: linear ones, where the width of an image is not known."""
+        return self.patch_codec == "linear" and self.image.transform == "native"
+
 
 @dataclass(frozen=True)
 class SpecialsConfig:

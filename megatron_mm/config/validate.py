@@ -297,6 +297,11 @@ def _showo_flow(model: ShowoFlowConfig, parallel: ParallelConfig) -> Iterator[tu
 
 def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
     yield (
+        model.tells_places and model.trunk.hidden_size % 4 > 0,
+        f"model.trunk.hidden_size={model.trunk.hidden_size} must be a multiple of 4 with model.image.transform=native, "
+        "for the sines and cosines of rows and columns; change it.",
+    )
+    yield (
         model.image_first_max_timestep > model.num_train_timesteps,
         f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
         f"{model.num_train_timesteps}; lower it.",

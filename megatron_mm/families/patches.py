@@ -46,6 +46,11 @@ class PatchGrid:
         return segment.data
 
 
+def places(grid: tuple[int, int]) -> np.ndarray:
+    """Row and column of every patch of an image, int32 [h * w, 2]."""
+    return np.indices(grid, dtype=np.int32).reshape(2, -1).T
+
+
 def drawn_in_place(clean: Sequence[Span], reading: str, copied: bool) -> Items:
     """A block that ends in an image, of whose `clean` form these are the spans, noised and predicted in place. If
     `copied`, it is hidden from what follows, which sees the clean one behind it, at the same positions."""

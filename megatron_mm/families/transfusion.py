@@ -28,7 +28,7 @@ from megatron_mm.documents.choices import Choices, drawing_all
 from megatron_mm.documents.spans import Block, Items, Role, Span, in_order, special, text
 from megatron_mm.documents.vocabulary import Vocabulary
 from megatron_mm.families.base import LossSums
-from megatron_mm.families.patches import PatchGrid, drawn_in_place
+from megatron_mm.families.patches import PatchGrid, drawn_in_place, places
 from megatron_mm.families.tokens import TokenBack, squared_error
 from megatron_mm.nn.diffusion import DDPMSchedule
 from megatron_mm.nn.ops import ParallelOps
@@ -47,7 +47,7 @@ class Transfusion(PatchGrid):
     """See `Family`. Fields of a batch besides the builder's:
 
     patches [B, S, P]: x_t as patch vectors; noise [B, S, P]: the noise in it; timestep int32 [B, S], -1 where there is
-    no patch.
+    no patch; place int32 [B, S, 2], its row and column, where images have many sizes.
     """
 
     name = "transfusion"
@@ -66,6 +66,8 @@ class Transfusion(PatchGrid):
             "noise": FieldSpec("float32", (self.patch_dim,), 0.0, (BACK,)),
             "timestep": FieldSpec("int32", (), NO_PATCH, (FRONT,)),
         }
+        if config.tells_places:
+            self.fields["place"] = FieldSpec("int32", (2,), 0, (FRONT,))
 
     def choices(self, shape: Shape) -> Choices:
         return drawing_all(shape, self.config.caption_first, self.config.condition_dropout)
@@ -87,6 +89,8 @@ class Transfusion(PatchGrid):
                 x = self.schedule.add_noise(x, noise, t)
             draft.fields["patches"][place.at] = patchify(x, self.config.patch_size)
             draft.fields["timestep"][place.at] = t
+            if "place" in draft.fields:
+                draft.fields["place"][place.at] = places(place.span.grid)
             draft.targets[place.at] = IGNORE
 
     def build_front(self, ops: ParallelOps) -> nn.Module:
@@ -126,7 +130,8 @@ class TransfusionFront(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         timestep = batch.fields["timestep"]
-        image = self.patch_in(batch.fields["patches"], timestep, batch.grids)
+        place = (batch.fields["place"],) if "place" in batch.fields else ()
+        image = self.patch_in(batch.fields["patches"], timestep, batch.grids, *place)
         return torch.where((timestep != NO_PATCH)[..., None], image, self.embedding(batch.tokens))
 
 

@@ -41,6 +41,14 @@ def sinusoids(timestep: torch.Tensor) -> torch.Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def place_embedding(place: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows and columns of patches, int [..., 2], as sines and cosines, float32 [..., width]; a quarter of the width has
+    the sines of columns, then cosines, then those of rows (DiT, arXiv 2212.09748, as MAE)."""
+    exponent = torch.arange(width // 4, dtype=torch.float32, device=place.device) / (width // 4)
+    angle = place.flip(-1)[..., None].float() * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
 class TimestepEmbedding(nn.Module):
     """Diffusion timesteps [...] -> vectors [..., P]: sinusoids, then a two-layer MLP."""
 
@@ -56,8 +64,9 @@ class TimestepEmbedding(nn.Module):
 class LinearPatchIn(nn.Module):
     """Noised patches [B, S, P] and their timesteps [B, S] -> embeddings [B, S, D].
 
-    The timestep embedding is added to every patch vector before the linear layer (Transfusion). Positions without a
-    patch get some finite vector, which the caller leaves out.
+    The timestep embedding is added to every patch vector before the linear layer (Transfusion), and behind it, where
+    images have many sizes, that of the patch's place, int [B, S, 2]. Positions without a patch get some finite vector,
+    which the caller leaves out.
     """
 
     def __init__(self, patch_dim: int, hidden_size: int) -> None:
@@ -65,8 +74,15 @@ class LinearPatchIn(nn.Module):
         self.time = TimestepEmbedding(patch_dim)
         self.proj = linear(patch_dim, hidden_size)
 
-    def forward(self, patches: torch.Tensor, timestep: torch.Tensor, images: Sequence[Grids]) -> torch.Tensor:
-        return self.proj(patches + self.time(timestep))
+    def forward(
+        self,
+        patches: torch.Tensor,
+        timestep: torch.Tensor,
+        images: Sequence[Grids],
+        place: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = self.proj(patches + self.time(timestep))
+        return x if place is None else x + place_embedding(place, x.shape[-1]).to(x.dtype)
 
 
 class LinearPatchOut(nn.Module):

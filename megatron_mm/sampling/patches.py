@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_mm.documents.builder import Opening
+from megatron_mm.families.patches import places
 from megatron_mm.nn.flow import UNIT
 from megatron_mm.nn.patch import patchify, unpatchify
 from megatron_mm.sampling.decoder import piece
@@ -53,6 +54,8 @@ class PatchSampler(Sampler):
         fields = {name: values.to(self.model.device) for name, values in self.blank_fields(tokens.shape).items()}
         fields["patches"] = fields["patches"].to(x.dtype)
         fields["patches"][:, at] = everyone
+        if "place" in fields:
+            fields["place"][:, at] = torch.from_numpy(places((h, w))).to(x.device)
         self.set_time(fields, time, at)
         batch = piece(tokens, block.mask[1], fields, [(row, first, h, w) for row in range(len(everyone))])
         hidden = self.decoder.forward(indices, batch, keep=0)

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 
-from megatron_mm.nn.patch import LinearPatchIn, LinearPatchOut, TimestepEmbedding, patchify, unpatchify
+from megatron_mm.families.patches import places
+from megatron_mm.nn.patch import (
+    LinearPatchIn,
+    LinearPatchOut,
+    TimestepEmbedding,
+    patchify,
+    place_embedding,
+    unpatchify,
+)
 from megatron_mm.nn.unet import UNetPatchIn, UNetPatchOut
 from megatron_mm.types import Grids
 
@@ -110,3 +119,11 @@ def test_unet_without_images_still_gives_every_parameter_a_gradient():
 def test_unet_needs_a_power_of_two():
     with pytest.raises(ValueError, match="patch_size=3"):
         UNetPatchIn(C, 3, HIDDEN, 8)
+
+
+def test_places_are_diffusers_sines_and_cosines():
+    place = torch.from_numpy(places((3, 5)))
+    rows, columns = place.T.double()
+    expected = get_2d_sincos_pos_embed_from_grid(16, torch.stack([columns, rows]), output_type="pt")
+    assert place.tolist() == [[row, column] for row in range(3) for column in range(5)]
+    torch.testing.assert_close(place_embedding(place, 16), expected.float())

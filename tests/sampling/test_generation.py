@@ -240,7 +240,7 @@ def guided_image(model):
     return generated.data, unpatchify(x.cpu().numpy(), 4, 4, 2)
 
 
-@pytest.mark.parametrize("family", ["transfusion", "transfusion_unet"])
+@pytest.mark.parametrize("family", ["transfusion", "transfusion_unet", "transfusion_native"])
 def test_guided_diffusion_equals_loop_without_cache(family, device, folder):
     ours, plain_loop = with_model(guided_image, config_for(family, folder, *FP64), device=device)
     assert np.abs(ours).mean() > 0.1 and (np.abs(ours) < 1).mean() > 0.2  # neither empty nor all clipped

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from tiny_models import config_for, with_model
 
+from megatron_mm.data.shape import ImagePart, Shape, TextPart
+from megatron_mm.documents.builder import Builder
 from megatron_mm.nn.flow import FlowTimes
 from megatron_mm.sampling.decoding import settings_for
 from megatron_mm.sampling.generation import generate
-from megatron_mm.types import ImageSegment, TextSegment
+from megatron_mm.types import FRONT, ImageSegment, Sample, TextSegment
 
 
 def text(*ids):
@@ -34,6 +36,21 @@ def test_images_are_drawn_in_the_size_that_is_asked(family, folder):
     assert [image.shape for image in together] == 2 * [(1, 6, 10)]
     np.testing.assert_allclose(together, alone, atol=1e-4)
     assert [image.shape for image in unasked] == 2 * [(1, 8, 8)]
+
+
+def image_alone(model):
+    """The rows and columns that its patches carry."""
+    family = model.family
+    image = ImageSegment(np.random.default_rng(0).random((1, 4, 12), np.float32))
+    shape = Shape((TextPart(0, 2, loss=False), ImagePart(1, 4, 12)))
+    document = Builder(family).whole(Sample(0, "", (text(1, 2), image)), shape)
+    assert document.images.tolist() == [[4, 2, 6]]
+    places = document.fields["place"][4:16].tolist()
+    return places == [[row, column] for row in range(2) for column in range(6)] and family.fields["place"].readers
+
+
+def test_linear_patches_carry_their_places(folder):
+    assert with_model(image_alone, config_for("transfusion_native", folder)) == (FRONT,)
 
 
 def refuses(model):
