@@ -31,8 +31,9 @@ from megatron_mm.config.validate import validate
 from megatron_mm.data.files import replacing
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.documents.vocabulary import Vocabulary
-from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, common_state, resolve
 from megatron_mm.engines.derived import assemble_experts, checkpoint_config, merge_lora
+from megatron_mm.engines.format import TRACKER, common_state, resolve
+from megatron_mm.engines.reading import CheckpointError
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.json_object import read_object

@@ -25,7 +25,7 @@ from megatron_mm.data.dataset import open_data
 from megatron_mm.data.files import replacing
 from megatron_mm.data.loader import StepLoader
 from megatron_mm.documents.builder import Builder
-from megatron_mm.engines.checkpoint import resolve
+from megatron_mm.engines.format import resolve
 from megatron_mm.report.accuracy import diversity, draw_images, score, write_captions
 from megatron_mm.report.classifier import train_classifier
 from megatron_mm.report.metrics import read_metrics

@@ -16,8 +16,8 @@ import torch
 from megatron_mm.config.cli import overrides, run
 from megatron_mm.config.compose import Config, ConfigError, compose
 from megatron_mm.config.validate import validate
-from megatron_mm.engines.checkpoint import latest_iteration
-from megatron_mm.engines.megatron import StepMetrics
+from megatron_mm.engines.base import StepMetrics
+from megatron_mm.engines.format import latest_iteration
 from megatron_mm.parallel.distributed import agree, job, model_parallel, on_first_rank
 from megatron_mm.run_folder import continues
 from megatron_mm.train import StopSignal, open_run, start_device, train

@@ -25,10 +25,14 @@ from megatron_mm.data.plan import Plan
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.documents.builder import Builder
-from megatron_mm.engines.checkpoint import Checkpointer, latest_iteration, load_weights
-from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
+from megatron_mm.engines.base import StepMetrics
+from megatron_mm.engines.checkpoint import Checkpointer
+from megatron_mm.engines.format import latest_iteration
+from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.build import select_parts
 from megatron_mm.parallel.distributed import first_rank_first, on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.init import Fresh
 from megatron_mm.parallel.layout import Layout
@@ -121,7 +125,7 @@ def _train(
         iteration, state = common["iteration"], DataState.from_dict(common["data_state"])
     elif config.checkpoint.load:
         load_weights(engine.models, config.checkpoint.load)
-        engine.optimizer.reload_model_params()
+        engine.take_weights()
 
     loader = StepLoader(
         plan, reader, Builder(engine.family), config.data, config.train.seed, config.train.global_batch_size,

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mm.config.compose import from_dict_config
 from megatron_mm.convert import main
-from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, common_state, load_weights
-from megatron_mm.engines.megatron import build_chunks
+from megatron_mm.engines.format import TRACKER, common_state
+from megatron_mm.engines.reading import CheckpointError
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.chameleon_weights import rules, weights_from_hf
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.distributed import process_groups
 
 CONFIG = {

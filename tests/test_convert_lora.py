@@ -15,10 +15,13 @@ from megatron_mm.config.model import ChameleonConfig, TrunkConfig, VocabularyCon
 from megatron_mm.config.schema import DataConfig, LoraConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_mm.convert import main
 from megatron_mm.data.pack import pack
-from megatron_mm.engines.checkpoint import Checkpointer, CheckpointError, load_weights
+from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.derived import checkpoint_config
-from megatron_mm.engines.megatron import MegatronEngine, build_chunks
+from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.engines.reading import CheckpointError
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 

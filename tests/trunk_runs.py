@@ -15,9 +15,10 @@ from megatron_mm.config.compose import Config
 from megatron_mm.config.model import ChameleonConfig, TrunkConfig
 from megatron_mm.config.schema import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatron_mm.data.pack import pack
-from megatron_mm.engines.megatron import MegatronEngine, build_chunks
+from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.registry import build_family
 from megatron_mm.mask import with_spans
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.types import Document

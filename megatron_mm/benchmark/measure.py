@@ -20,10 +20,12 @@ from megatron_mm.benchmark.variants import attending
 from megatron_mm.config.compose import Config
 from megatron_mm.config.schema import AttentionConfig
 from megatron_mm.documents.traits import MaskTraits
-from megatron_mm.engines.megatron import MegatronEngine, StepMetrics, select_parts
+from megatron_mm.engines.base import StepMetrics
+from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.base import Family
 from megatron_mm.mask import area
 from megatron_mm.nn.attention import BACKENDS
+from megatron_mm.parallel.build import select_parts
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.report.mfu import peak_flops, trunk_flops
 from megatron_mm.types import PackedBatch

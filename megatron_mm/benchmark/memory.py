@@ -28,7 +28,8 @@ from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
 from megatron_mm.data.shape import Shape, TextPart
 from megatron_mm.documents.builder import Builder
-from megatron_mm.engines.megatron import MegatronEngine, MicroBatch
+from megatron_mm.engines.base import MicroBatch
+from megatron_mm.engines.megatron import MegatronEngine
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import gather, pick_device, process_groups

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from megatron_mm.config.compose import Config, build, from_dict_config, to_yaml
 from megatron_mm.config.schema import LoraConfig
-from megatron_mm.engines.checkpoint import common_state
+from megatron_mm.engines.format import common_state
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.nn.lora import merge
 from megatron_mm.parallel.draw import drawn

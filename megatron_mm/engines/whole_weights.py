@@ -15,8 +15,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_mm.data.files import replacing
-from megatron_mm.engines.checkpoint import TRACKER, CheckpointError, resolve
-from megatron_mm.engines.reading import read_shapes, read_tensors
+from megatron_mm.engines.format import TRACKER, resolve
+from megatron_mm.engines.reading import CheckpointError, read_shapes, read_tensors
 
 _PARTS = ("front.", "decoder.", "back.")
 

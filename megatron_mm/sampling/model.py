@@ -19,7 +19,9 @@ from megatron_mm.data.image_codec import ImageCodec, picture_of
 from megatron_mm.data.image_codecs import load_image_codec
 from megatron_mm.data.sample import read_image
 from megatron_mm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_mm.engines.checkpoint import CheckpointError, common_state, load_weights, resolve
+from megatron_mm.engines.format import common_state, resolve
+from megatron_mm.engines.reading import CheckpointError
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import model_ranks, pick_device

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import overrides_for, run_training, saved_weights
 
-from megatron_mm.engines.checkpoint import latest_iteration, resolve
+from megatron_mm.engines.format import latest_iteration, resolve
 from megatron_mm.engines.reading import read_shapes
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_mm.config.schema import ParallelConfig
-from megatron_mm.engines.checkpoint import FORMAT, CheckpointError, common_state, load_weights, resolve
 from megatron_mm.engines.derived import checkpoint_config
-from megatron_mm.engines.reading import read_common, read_shapes, read_tensors
+from megatron_mm.engines.format import FORMAT, common_state, resolve
+from megatron_mm.engines.reading import CheckpointError, read_common, read_shapes, read_tensors
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.engines.whole_weights import load_whole_weights, save_whole_weights
 from megatron_mm.parallel.distributed import process_groups
 

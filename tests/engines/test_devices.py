@@ -14,8 +14,8 @@ from tiny_runs import FAMILIES, overrides_for, run_training
 
 from megatron_mm.config.compose import compose
 from megatron_mm.config.schema import ParallelConfig
-from megatron_mm.engines.megatron import select_parts
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.build import select_parts
 from megatron_mm.parallel.distributed import agree, gather, on_first_rank, process_groups
 from megatron_mm.report.metrics import read_metrics
 

@@ -12,7 +12,8 @@ import pytest
 from distributed import kill_when
 from tiny_runs import overrides_for, run_training
 
-from megatron_mm.engines.checkpoint import CheckpointError, latest_iteration, resolve
+from megatron_mm.engines.format import latest_iteration, resolve
+from megatron_mm.engines.reading import CheckpointError
 from megatron_mm.parallel import init
 from megatron_mm.report.metrics import read_metrics
 from megatron_mm.run_lock import LOCK

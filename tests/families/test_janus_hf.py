@@ -20,11 +20,12 @@ from megatron_mm.config.generate import SamplingConfig
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.convert import from_hf, to_hf
 from megatron_mm.data.pack import pack
-from megatron_mm.engines.checkpoint import common_state, load_weights
-from megatron_mm.engines.megatron import build_chunks
+from megatron_mm.engines.format import common_state
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.families.registry import build_family
 from megatron_mm.interop.janus_weights import weights_to_hf
 from megatron_mm.interop.rules import VQ_PREFIX
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.sampling.generation import generate

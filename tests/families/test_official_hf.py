@@ -23,11 +23,14 @@ from megatron_mm.convert import from_hf, to_hf
 from megatron_mm.data.corrupt import Streams
 from megatron_mm.data.pack import pack
 from megatron_mm.documents.builder import Builder
-from megatron_mm.engines.checkpoint import Checkpointer, common_state, load_weights
-from megatron_mm.engines.megatron import MegatronEngine, build_chunks
+from megatron_mm.engines.checkpoint import Checkpointer
+from megatron_mm.engines.format import common_state
+from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.engines.weights import load_weights
 from megatron_mm.families.base import Family
 from megatron_mm.families.registry import build_family
 from megatron_mm.mask import dense
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.context.runtime import Part
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.stages import from_last_stage, through_stages

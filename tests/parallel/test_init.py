@@ -15,8 +15,8 @@ from megatron_mm.config.janus import EncoderConfig, JanusConfig
 from megatron_mm.config.model import ChameleonConfig, ImageConfig, TransfusionConfig, TrunkConfig
 from megatron_mm.config.schema import LoraConfig, ParallelConfig, TrainConfig
 from megatron_mm.config.unimoe import UniMoEConfig
-from megatron_mm.engines.megatron import build_chunks
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.draw import Normal
 

@@ -8,8 +8,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from trunk_runs import config_of
 
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.engines.megatron import build_chunks
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.experts import GroupedExperts
 from megatron_mm.parallel.moe import Routing, take_routing

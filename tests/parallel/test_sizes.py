@@ -10,8 +10,8 @@ from trunk_runs import CPU, config_of
 
 from megatron_mm.config.compose import compose
 from megatron_mm.config.model import TrunkConfig
-from megatron_mm.engines.megatron import build_chunks
 from megatron_mm.families.registry import build_family
+from megatron_mm.parallel.build import build_chunks
 from megatron_mm.parallel.distributed import process_groups
 from megatron_mm.parallel.sizes import ParameterCounts, count_parameters
 from megatron_mm.plan.memory import parameters

@@ -10,8 +10,9 @@ from tiny_models import config_for
 from megatron_mm.config.compose import to_yaml
 from megatron_mm.config.schema import ParallelConfig
 from megatron_mm.data.tokenizer import load_tokenizer
-from megatron_mm.engines.checkpoint import Checkpointer, CheckpointError
+from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.megatron import MegatronEngine
+from megatron_mm.engines.reading import CheckpointError
 from megatron_mm.families.registry import build_family
 from megatron_mm.parallel.distributed import process_groups, single_process
 from megatron_mm.parallel.init import initialize
