@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -68,8 +69,13 @@ def compose_stages(config: Config, given: list[str]) -> list[Config]:
     return stages
 
 
-def run_stages(stages: list[Config], device: torch.device, stop: StopSignal) -> list[list[StepMetrics]]:
-    """Trains what is left of `stages` until all are done or a signal stops them. Returns each stage's steps.
+def run_stages(
+    stages: list[Config],
+    device: torch.device,
+    stop: StopSignal,
+    report: Callable[[Config, StepMetrics], None] = lambda stage, metrics: None,
+) -> None:
+    """Trains what is left of `stages` until all are done or a signal stops them; each rank is told its stages' steps.
 
     Raises:
         ValueError: anything that a user can mend; what the data and the run folders show, before the first iteration.
@@ -77,16 +83,14 @@ def run_stages(stages: list[Config], device: torch.device, stop: StopSignal) -> 
     left = [stage for stage in stages if not on_first_rank(partial(_was_finished, stage))]
     for stage in left:
         on_first_rank(lambda stage=stage: bool(open_run(stage)))
-    steps = []
     for stage in left:
         if agree(stop.received, device):
             break
         with model_parallel(stage.parallel, stage.train.seed) as layout:
-            steps.append(train(stage, layout, device, stop))
+            train(stage, layout, device, stop, partial(report, stage))
         gc.collect()  # the engine's hooks hold one another
         if not on_first_rank(partial(_is_finished, stage)):
             break
-    return steps
 
 
 def _was_finished(stage: Config) -> bool:

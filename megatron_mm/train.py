@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from megatron_mm.data.plan import Plan
 from megatron_mm.data.sample import SampleReader
 from megatron_mm.data.tokenizer import load_tokenizer
 from megatron_mm.documents.builder import Builder
-from megatron_mm.engines.base import StepMetrics
+from megatron_mm.engines.base import Engine, Evaluation, StepMetrics
 from megatron_mm.engines.checkpoint import Checkpointer
 from megatron_mm.engines.format import latest_iteration
 from megatron_mm.engines.megatron import MegatronEngine
@@ -36,10 +37,12 @@ from megatron_mm.parallel.build import select_parts
 from megatron_mm.parallel.distributed import first_rank_first, on_first_rank, pick_device, process_groups
 from megatron_mm.parallel.init import Fresh
 from megatron_mm.parallel.layout import Layout
+from megatron_mm.profiling import ProfileWindow
 from megatron_mm.report.metrics import MetricsWriter, read_metrics
 from megatron_mm.report.mfu import peak_flops, trunk_flops
 from megatron_mm.run_folder import continues, open_run_folder
 from megatron_mm.run_lock import RunLock
+from megatron_mm.validation import Validation
 
 
 class StopSignal:
@@ -81,8 +84,18 @@ def open_run(config: Config) -> tuple[Family, Plan, SampleReader, list[LedgerEnt
     return family, *open_data(config.data, config.model, Builder(family), tokenizer, config.train.seed)
 
 
-def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal) -> list[StepMetrics]:
-    """Runs (or resumes) the run that `config` describes, on every rank. Returns this process's steps.
+def unreported(metrics: StepMetrics) -> None:
+    """What becomes of a step's metrics where metrics.jsonl is enough."""
+
+
+def train(
+    config: Config,
+    layout: Layout,
+    device: torch.device,
+    stop: StopSignal,
+    report: Callable[[StepMetrics], None] = unreported,
+) -> None:
+    """Runs (or resumes) the run that `config` describes, on every rank, each of which is told its steps.
 
     Raises:
         ValueError: anything that a user can mend, before the first iteration.
@@ -92,6 +105,7 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
     family, plan, reader, ledger = first_rank_first(lambda: open_run(config))  # the first one writes the index
+    validation = first_rank_first(lambda: Validation(config, family)) if config.data.validation.given else None
     on_first_rank(lambda: bool(select_parts(config, family, device)))  # refuses before there is a folder
     resumes = on_first_rank(lambda: continues(config) and _has_checkpoint(config))
     lock = RunLock(folder)
@@ -103,21 +117,23 @@ def train(config: Config, layout: Layout, device: torch.device, stop: StopSignal
         on_first_rank(lambda: open_run_folder(config, lock))
         saves = config.checkpoint
         with closing(Checkpointer(engine, saves.save or folder, saves.keep, saves.async_save)) as checkpoint:
-            return _train(engine, checkpoint, plan, reader, ledger, resumes, stop)
+            _train(engine, checkpoint, plan, reader, ledger, validation, resumes, stop, report)
     finally:
         lock.release()
 
 
 def _train(
-    engine: MegatronEngine,
+    engine: Engine,
     checkpoint: Checkpointer,
     plan: Plan,
     reader: SampleReader,
     ledger: list[LedgerEntry],
+    validation: Validation | None,
     resumes: bool,
     stop: StopSignal,
-) -> list[StepMetrics]:
-    """The iterations that are left of the run in run.dir, whose lock rank 0 holds. Returns this process's steps."""
+    report: Callable[[StepMetrics], None],
+) -> None:
+    """The iterations that are left of the run in run.dir, whose lock rank 0 holds."""
     config, layout, folder = engine.config, engine.layout, Path(engine.config.run.dir)
     iteration, state = 0, DataState()
     if resumes:
@@ -138,19 +154,28 @@ def _train(
         writer = MetricsWriter(folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters)
         _announce(writer, engine, plan, ledger, iteration)
     extra = {"config": to_yaml(config)}
-    steps, saved = [], iteration
+    saved = first = iteration
+    skipped, window = 0, ProfileWindow(config.profile, folder / "profile", layout.rank)
     last = min(config.train.train_iters, config.train.exit_interval or config.train.train_iters)
     try:
         while iteration < last:
+            window.before(iteration + 1)
             began = time.perf_counter()
             step = next(loader)
             metrics = engine.step(step.batches, lambda: stop.received)
             iteration, state = iteration + 1, step.state
+            seconds = time.perf_counter() - began
             checkpoint.poll()
-            steps.append(metrics)
+            report(metrics)
+            if (trace := window.after(iteration)) and writer:
+                writer.say(f"wrote the trace {trace}")
+            due = validation and not metrics.stopping and validation.due(iteration, iteration == last)
+            evaluation = validation.run(engine) if validation and due else None
             if writer:
-                seconds = time.perf_counter() - began
-                writer.write(_row(engine, iteration, step, metrics, seconds), 1000 * seconds)
+                writer.write(_row(engine, iteration, step, metrics, evaluation, seconds), 1000 * seconds)
+            skipped = skipped + 1 if metrics.skipped else 0
+            if skipped == config.train.max_skipped:
+                raise _diverged(config, skipped)
             if config.checkpoint.save and (metrics.stopping or iteration % config.checkpoint.save_interval == 0):
                 checkpoint.save(iteration, extra | {"data_state": state.to_dict()})
                 saved = iteration
@@ -161,20 +186,32 @@ def _train(
         checkpoint.finish()
     finally:
         loader.close()
+        window.close()
         if writer:
             writer.close()
-    if writer and steps:
+    if writer and iteration > first:
         from megatron_mm.report.plots import plot_losses  # slow to import
 
         plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
-    return steps
+
+
+def _diverged(config: Config, skipped: int) -> ValueError:
+    last = latest_iteration(config.checkpoint.save) if config.checkpoint.save else None
+    start = (
+        "lower optim.lr or mend the data, and start anew"
+        if last is None
+        else (f"iter_{last:07d} is the latest checkpoint; go on from there or an earlier one with a lower optim.lr")
+    )
+    return ValueError(
+        f"The gradients of {skipped} steps in a row were not finite (train.max_skipped): the run has diverged; {start}."
+    )
 
 
 def _has_checkpoint(config: Config) -> bool:
     return config.checkpoint.save is not None and latest_iteration(config.checkpoint.save) is not None
 
 
-def _announce(writer: MetricsWriter, engine: MegatronEngine, plan: Plan, ledger: list, iteration: int) -> None:
+def _announce(writer: MetricsWriter, engine: Engine, plan: Plan, ledger: list, iteration: int) -> None:
     config = engine.config
     writer.say(f"> {config.run.name}: {config.model.family} on {engine.device.type}, {engine.layout.describe()}")
     writer.say(f"> {len(plan.lengths)} documents in {_sources(config.data)}, {_told(ledger)}")
@@ -195,7 +232,9 @@ def _sources(data: DataConfig) -> str:
     return f"{', '.join(shares)} of {data.blend_by}" if shares else str(data.path)
 
 
-def _row(engine: MegatronEngine, iteration: int, step: Step, metrics: StepMetrics, seconds: float) -> dict:
+def _row(
+    engine: Engine, iteration: int, step: Step, metrics: StepMetrics, evaluation: Evaluation | None, seconds: float
+) -> dict:
     """The iteration's line of metrics.jsonl."""
     world_size, family = engine.layout.world_size, engine.family
     mfu, peak = None, peak_flops(engine.device)
@@ -217,7 +256,14 @@ def _row(engine: MegatronEngine, iteration: int, step: Step, metrics: StepMetric
         "tokens_per_second_per_gpu": metrics.tokens / seconds / world_size,
         "mfu": mfu,
         "skipped": int(metrics.skipped),
+        **(_validation(evaluation) if evaluation else {}),
     }
+
+
+def _validation(evaluation: Evaluation) -> dict[str, float]:
+    """What an evaluation adds to the line of its iteration; a term without labels says nothing."""
+    found = {f"validation/loss/{name}": loss for name, loss in evaluation.losses.items() if evaluation.counts[name]}
+    return {"validation/loss": evaluation.loss, **found}
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def pictures() -> dict[str, Image.Image]:
 def learn(init_kwargs, config) -> dict:
     """The last losses, what it says of each picture, and whether it draws each word's picture."""
     with process_groups(config.parallel, config.train.seed, CPU, **init_kwargs) as layout:
-        steps = train(config, layout, CPU, StopSignal())
+        steps = []
+        train(config, layout, CPU, StopSignal(), steps.append)
     with SamplingModel.load(config.checkpoint.save) as model:
         shown = pictures()
         settings = settings_for(

@@ -64,7 +64,10 @@ def run_chain(overrides: list[str], world_size: int = 1, stages: list[Config] | 
 def _run_chain(init_kwargs: dict, stages: list[Config]) -> list[list[dict]]:
     device = torch.device("cpu")
     with job(device, **init_kwargs):
-        return [[asdict(step) for step in steps] for steps in run_stages(stages, device, StopSignal())]
+        steps: dict[str, list[dict]] = {}
+        told = lambda stage, step: steps.setdefault(stage.run.name, []).append(asdict(step))  # noqa: E731
+        run_stages(stages, device, StopSignal(), told)
+        return list(steps.values())
 
 
 def losses(run_dir: Path, stage: str) -> list[float]:

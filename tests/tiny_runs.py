@@ -154,7 +154,9 @@ def run_training(overrides: list[str], world_size: int = 1, device: torch.device
 
 def _train(init_kwargs: dict, config, device: torch.device) -> list[dict]:
     with process_groups(config.parallel, config.train.seed, device, **init_kwargs) as layout:
-        return [asdict(step) for step in train(config, layout, device, StopSignal())]
+        steps: list[dict] = []
+        train(config, layout, device, StopSignal(), lambda step: steps.append(asdict(step)))
+        return steps
 
 
 def saved_weights(run_dir: Path, iteration: int) -> dict[str, torch.Tensor]:

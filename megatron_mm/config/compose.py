@@ -34,6 +34,7 @@ from megatron_mm.config.schema import (
     LoraConfig,
     OptimConfig,
     ParallelConfig,
+    ProfileConfig,
     RunConfig,
     TrainConfig,
 )
@@ -78,6 +79,7 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     attention: AttentionConfig = AttentionConfig()
     fusion: FusionConfig = FusionConfig()
+    profile: ProfileConfig = ProfileConfig()
     lora: LoraConfig = LoraConfig()
     stages: tuple[str, ...] = ()
     """Options of the group `stage`, which `megatron_mm.stages` runs one after the other."""

@@ -60,6 +60,13 @@ class TrainConfig:
     seed: int = 1234
     precision: str = choice("fp32", "bf16", "fp64")
     """bf16 keeps fp32 master weights; fp64 is for checks of exactness."""
+    eval_interval: int | None = None
+    """Iterations between two evaluations on data.validation, the last iteration being one too; null: none."""
+    eval_iters: int = 10
+    """Global batches of an evaluation, the same ones with the same noise each time."""
+    max_skipped: int = 10
+    """Steps in a row whose gradients are not finite, which changes no weight, after which the run ends with an
+    error."""
     exit_interval: int | None = None
     """Save and stop after this iteration, leaving the schedule as it is; for time-limited jobs."""
 
@@ -74,8 +81,12 @@ class OptimConfig:
 
     lr: float = 3e-4
     min_lr: float = 0.0
-    lr_decay_style: str = choice("cosine", "linear", "constant", "exponential")
-    """Down to min_lr at lr_decay_iters."""
+    lr_decay_style: str = choice("cosine", "linear", "constant", "exponential", "inverse-square-root", "WSD")
+    """Down to min_lr at lr_decay_iters; `inverse-square-root` no further than its root, `WSD` (warmup, stable, decay)
+    only in the last lr_wsd_decay_iters."""
+    lr_wsd_decay_style: str = choice("exponential", "linear", "cosine", "minus_sqrt")
+    lr_wsd_decay_iters: int | None = None
+    """Iterations of WSD's decay, up to lr_decay_iters."""
     lr_warmup_iters: int = 0
     lr_decay_iters: int | None = None
     """Iterations to reach min_lr; null means train.train_iters."""
@@ -103,6 +114,19 @@ class SourceConfig:
     """Share of the source in the blend, of any unit."""
     task: str = choice(*TASKS)
     """What its caption-image pairs teach; `auto` leaves it to the family's shares."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out data that train.eval_interval measures the losses on."""
+
+    path: str | None = None
+    """Folder of webdataset shards (*.tar), or null where there are sources, or no validation."""
+    sources: tuple[SourceConfig, ...] = ()
+
+    @property
+    def given(self) -> bool:
+        return bool(self.path or self.sources)
 
 
 @dataclass(frozen=True)
@@ -153,6 +177,7 @@ class DataConfig:
     """Reader threads per rank."""
     prefetch: int = 2
     """Steps read ahead."""
+    validation: ValidationConfig = ValidationConfig()
 
 
 @dataclass(frozen=True)
@@ -181,6 +206,17 @@ class LoggingConfig:
     """Iterations between console lines; metrics.jsonl has every iteration."""
     wandb: str = choice("offline", "online", "disabled")
     wandb_project: str = "megatron_mm"
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A window of torch's profiler, as traces in <run.dir>/profile."""
+
+    start: int | None = None
+    """The first iteration that is recorded; null: none."""
+    steps: int = 2
+    ranks: tuple[int, ...] = (0,)
+    """Those that write a trace."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,20 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
 
     yield from _source_contradictions(data)
+    validation = data.validation
+    yield (
+        bool(validation.path and validation.sources),
+        f"data.validation.path={validation.path} and data.validation.sources exclude each other: drop one of them.",
+    )
+    yield (
+        train.eval_interval is not None and not validation.given,
+        f"train.eval_interval={train.eval_interval} has nothing to evaluate on: set data.validation.path, or leave it "
+        "null.",
+    )
+    yield (
+        train.eval_interval is None and validation.given,
+        "data.validation is read at every train.eval_interval iterations, which is null: set it.",
+    )
     cut = cp * (tp if parallel.sequence_parallel else 1)
     yield (
         cp > 1 and data.seq_length % cut > 0,
@@ -197,6 +211,26 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
     yield (
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
+    )
+    wsd = optim.lr_wsd_decay_iters
+    yield (
+        optim.lr_decay_style == "WSD" and wsd is None,
+        "optim.lr_decay_style=WSD decays in the last optim.lr_wsd_decay_iters iterations: set them.",
+    )
+    yield (
+        optim.lr_decay_style != "WSD" and wsd is not None,
+        f"optim.lr_wsd_decay_iters={wsd} does nothing with optim.lr_decay_style={optim.lr_decay_style}: set that to "
+        "WSD, or leave it null.",
+    )
+    yield (
+        wsd is not None and wsd > decay - optim.lr_warmup_iters,
+        f"optim.lr_wsd_decay_iters={wsd} is more than the {decay - optim.lr_warmup_iters} iterations between "
+        f"optim.lr_warmup_iters and {decay_key}: lower it.",
+    )
+    profile = config.profile
+    yield (
+        profile.start is not None and any(rank >= world_size for rank in profile.ranks),
+        f"profile.ranks={list(profile.ranks)} names ranks that a world of {world_size} does not have: change it.",
     )
     lora = config.lora
     yield (

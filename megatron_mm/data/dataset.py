@@ -39,10 +39,13 @@ class LedgerEntry:
 
 
 def open_data(
-    data: DataConfig, model: ModelConfig, layout: Layout, tokenizer: Tokenizer, seed: int
+    data: DataConfig, model: ModelConfig, layout: Layout, tokenizer: Tokenizer, seed: int, group: str = "data"
 ) -> tuple[Plan, SampleReader, list[LedgerEntry]]:
     """The plan of `data.path` or the blend of `data.sources`, the reader of its samples, and the documents left out as
     too long.
+
+    Args:
+        group: the keys' group, for errors.
 
     Raises:
         ValueError: missing or damaged shards, an image tokenizer that does not fit the model, or documents that do not
@@ -52,7 +55,7 @@ def open_data(
     _check_codes(codec, layout, data)
     sources, parts = data.sources or (SourceConfig(str(data.path)),), []
     for number, source in enumerate(sources):
-        key = f"data.sources[{number}].path" if data.sources else "data.path"
+        key = f"{group}.sources[{number}].path" if data.sources else f"{group}.path"
         parts.append(build_index(source.path, tokenizer, key, chat))
         if not len(parts[-1]):
             raise ValueError(f"The shards of {key}={source.path} hold no samples.")
@@ -71,7 +74,7 @@ def open_data(
     for number, (first, end) in enumerate(pairwise(ends)):
         if (lengths[first:end] > data.seq_length).all():
             raise ValueError(
-                f"No document of data.sources[{number}].path={sources[number].path} fits into data.seq_length="
+                f"No document of {group}.sources[{number}].path={sources[number].path} fits into data.seq_length="
                 f"{data.seq_length}: raise it, or take the source out."
             )
     sizes, weights = [len(each.samples) for each in found], [source.weight for source in sources]

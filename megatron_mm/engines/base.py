@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,8 +83,8 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, steps: Sequence[list[MicroBatch]]) -> Evaluation:
-        """The losses of this rank's micro-batches of several global batches, and nothing else: no weight changes."""
+    def evaluate(self, steps: Iterable[list[MicroBatch]]) -> Evaluation:
+        """The losses of this rank's micro-batches of several global batches, without dropout; no weight changes."""
         ...
 
     def take_weights(self) -> None:

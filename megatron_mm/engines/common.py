@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -45,15 +46,17 @@ class CommonEngine:
             self.context.part(batch, self.device), counts(self.family.terms, batch), batch.real_tokens, pairs
         )
 
-    def evaluate(self, steps: Sequence[list[MicroBatch]]) -> Evaluation:
+    def evaluate(self, steps: Iterable[list[MicroBatch]]) -> Evaluation:
         """See `Engine`."""
         for model in self.models:
             model.eval()
         with direct(self.device), torch.no_grad():
-            counts = self._global_counts([batch for step in steps for batch in step])
             sums = torch.zeros(len(self._term_weights), dtype=torch.float64, device=self.device)
+            mine = np.zeros(len(sums) + 2)
             for step in steps:
                 sums += self._sums([batch.part for batch in step])
+                mine += self._counts(step)
+            counts = self._over_replicas(mine)
             if not self.layout.reports_losses:
                 sums.zero_()
             take_routing(self.models)  # is the next training step's
@@ -106,8 +109,14 @@ class CommonEngine:
     def _global_counts(self, batches: list[MicroBatch]) -> torch.Tensor:
         """Labels of each loss term, non-padding positions and allowed pairs, summed over the data-parallel ranks:
         fp64 [terms + 2] on the device, for which the host does not wait."""
-        rows = [(*(b.counts[term.name] for term in self.family.terms), b.tokens, b.pairs) for b in batches]
-        mine = [float(sum(column)) for column in zip(*rows, strict=True)]
+        return self._over_replicas(self._counts(batches))
+
+    def _counts(self, batches: list[MicroBatch]) -> np.ndarray:
+        """The same of this rank's micro-batches, on the host."""
+        names = [term.name for term in self.family.terms]
+        return np.sum([(*(b.counts[name] for name in names), b.tokens, b.pairs) for b in batches], axis=0, dtype=float)
+
+    def _over_replicas(self, mine: np.ndarray) -> torch.Tensor:
         pinned = torch.tensor(mine, dtype=torch.float64, pin_memory=self.device.type != "cpu")
         total = pinned.to(self.device, non_blocking=True)
         dist.all_reduce(total, group=mpu.get_data_parallel_group())

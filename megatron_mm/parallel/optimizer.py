@@ -92,7 +92,8 @@ def build_optimizer(
         },
     )
     decay = optim.lr_decay_iters or train.train_iters
-    exponential = optim.lr_decay_style == "exponential"
+    exponential = optim.lr_decay_style == "exponential"  # which is WSD without a plateau
+    wsd_steps = decay - optim.lr_warmup_iters if exponential else optim.lr_wsd_decay_iters
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -101,8 +102,8 @@ def build_optimizer(
         lr_warmup_steps=optim.lr_warmup_iters,
         lr_decay_steps=decay,
         lr_decay_style="WSD" if exponential else optim.lr_decay_style,
-        wsd_decay_steps=decay - optim.lr_warmup_iters if exponential else None,
-        lr_wsd_decay_style="exponential" if exponential else None,
+        wsd_decay_steps=wsd_steps,
+        lr_wsd_decay_style="exponential" if exponential else optim.lr_wsd_decay_style,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=0,

@@ -43,6 +43,8 @@ class MetricsWriter:
         self._progress.update(self._task, completed=iteration)
         if iteration % self._config.log_interval == 0 or iteration == self._total:
             self.say(console_line(metrics, milliseconds, self._total))
+        if "validation/loss" in metrics:
+            self.say(validation_line(metrics))
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in metrics.items() if v is not None}, step=iteration)
 
@@ -70,6 +72,13 @@ def console_line(metrics: dict[str, Any], milliseconds: float, total: int) -> st
     if metrics["skipped"]:
         parts.append("skipped: the gradient norm is not finite")
     return " " + " | ".join(parts) + " |"
+
+
+def validation_line(metrics: dict[str, Any]) -> str:
+    """One line in Megatron-LM's manner."""
+    terms = (f"{key[16:]} loss: {value:.6E}" for key, value in metrics.items() if key.startswith("validation/loss/"))
+    losses = " | ".join([f"loss: {metrics['validation/loss']:.6E}", *terms])
+    return f" validation loss at iteration {metrics['iteration']} | {losses} |"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,8 @@ TEXT, IMAGE = "tab:blue", "tab:orange"
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """loss.png: each loss term over the iterations, raw and smoothed (mean over 1/40 of the run)."""
+    """loss.png: each loss term over the iterations, raw and smoothed (mean over 1/40 of the run), and on held-out data
+    where it was evaluated."""
     names = [key for key in rows[0] if key.startswith("loss/")]
     iterations = [row["iteration"] for row in rows]
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False, layout="constrained")
@@ -28,6 +29,10 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
         values = np.array([row[name] for row in rows], dtype=float)
         axis.plot(iterations, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         axis.plot(iterations, _smooth(values, len(values) // 80), color="tab:blue", linewidth=1.6)
+        held_out = [(row["iteration"], row[f"validation/{name}"]) for row in rows if f"validation/{name}" in row]
+        if held_out:
+            axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=3, label="validation")
+            axis.legend()
         axis.set(title=name, xlabel="iteration", yscale="log" if (values > 0).all() else "linear")
         if axis.get_yscale() == "log":
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
