@@ -84,8 +84,9 @@ def from_hf(src: Path, out: Path, overrides: list[str]) -> Config:
     return config
 
 
-def to_hf(checkpoint: Path, out: Path) -> None:
-    """Converts the newest (or the given iter_*) checkpoint to config.json and *.safetensors in `out`.
+def to_hf(checkpoint: Path, out: Path, averaged: bool = False) -> None:
+    """Converts the newest (or the given iter_*) checkpoint, or the moving averages of its weights, to config.json and
+    *.safetensors in `out`.
 
     Raises:
         ValueError: there is no complete checkpoint, or its model exists nowhere else.
@@ -101,7 +102,7 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     original = path.parent / CONFIG_FILE
     hf = converter.config_to_hf(config.model, vocab, read_object(original) if original.exists() else {})
     with single_process(torch.device("cpu")):
-        weights = load_whole_weights(path)
+        weights = load_whole_weights(path, averaged)
     tensors = dict(converter.weights_to_hf(weights, config.model, vocab.size))
     if (path.parent / VQ_FILE).exists():
         tensors |= load_file(path.parent / VQ_FILE)
@@ -113,9 +114,9 @@ def to_hf(checkpoint: Path, out: Path) -> None:
     logger.info("converted %s to %s", path, out)
 
 
-def to_peft(checkpoint: Path, out: Path) -> None:
-    """Writes the LoRA adapters of the checkpoint as adapter_config.json and adapter_model.safetensors in `out`, which
-    peft puts on the Hugging Face model that the rest of the weights is.
+def to_peft(checkpoint: Path, out: Path, averaged: bool = False) -> None:
+    """Writes the LoRA adapters of the checkpoint, or their moving averages, as adapter_config.json and
+    adapter_model.safetensors in `out`, which peft puts on the Hugging Face model that the rest of the weights is.
 
     Raises:
         ValueError: the checkpoint has no adapters, or Hugging Face does not have its model.
@@ -126,7 +127,7 @@ def to_peft(checkpoint: Path, out: Path) -> None:
     if not config.lora.rank:
         raise ValueError(f"{checkpoint} has no LoRA adapters: it was written with lora.rank=0.")
     with single_process(torch.device("cpu")):
-        weights = load_whole_weights(checkpoint)
+        weights = load_whole_weights(checkpoint, averaged)
     rules = CONVERTERS[config.model.family].rules(config.model, _vocabulary(config).size)
     tensors = dict(adapters_to_peft(weights, rules))
     _make_folder(out)
@@ -135,10 +136,10 @@ def to_peft(checkpoint: Path, out: Path) -> None:
     logger.info("exported the adapters of %s to %s", checkpoint, out)
 
 
-def merge(checkpoint: Path, out: Path) -> None:
+def merge(checkpoint: Path, out: Path, averaged: bool = False) -> None:
     """Writes the checkpoint to `out` with its LoRA adapters merged; raises as `engines.derived.merge_lora`."""
     with single_process(torch.device("cpu")):
-        merge_lora(checkpoint, out)
+        merge_lora(checkpoint, out, averaged)
     logger.info("merged the adapters of %s into %s", checkpoint, out)
 
 
@@ -177,10 +178,10 @@ def main(arguments: list[str]) -> None:
         from_hf(Path(given["src"]), Path(given["out"]), others)
     elif command == "assemble_experts":
         assemble(given["checkpoints"], Path(given["out"]), others)
-    elif others:
-        raise ValueError(f"{command} takes only {' and '.join(needed)}: leave out {others[0]}.")
+    elif others not in ([], ["weights=model"], ["weights=ema"]):
+        raise ValueError(f"{command} takes only {', '.join(needed)} and weights=model|ema: leave out {others[0]}.")
     else:
-        FROM_CHECKPOINT[command](Path(given["checkpoint"]), Path(given["out"]))
+        FROM_CHECKPOINT[command](Path(given["checkpoint"]), Path(given["out"]), others == ["weights=ema"])
 
 
 def _known() -> str:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is no folder: choose another name.")
-    with SamplingModel.load(config.checkpoint, parallel=config.parallel) as model:
+    with SamplingModel.load(config.checkpoint, parallel=config.parallel, averaged=config.weights == "ema") as model:
         documents = _generate(model, [_segments(model, prompt, pictures) for prompt in prompts], config)
         if not is_first_rank():
             return

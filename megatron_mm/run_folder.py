@@ -18,6 +18,8 @@ _SAME_ON_RESUME = ("model", "optim", "data.path", "data.sources", "data.blend_by
                    "data.window", "train.seed", "train.global_batch_size")  # fmt: skip
 """What defines a run. Layout, precision, micro-batches, logging and the like may change on the way; the number of
 iterations too, where it does not set the learning rate's decay."""
+_MAY_CHANGE = "optim.ema_decay"
+"""It only watches."""
 
 
 def continues(config: Config) -> bool:
@@ -76,6 +78,8 @@ def _free_name(folder: Path) -> Path:
 def _refuse_other_run(new: Config, old: Config, folder: Path) -> None:
     keys = _SAME_ON_RESUME if new.optim.lr_decay_iters else (*_SAME_ON_RESUME, "train.train_iters")
     both = [OmegaConf.create(to_yaml(config)) for config in (old, new)]
+    for config in both:
+        OmegaConf.update(config, _MAY_CHANGE, None)
     for key in keys:
         before, now = (OmegaConf.select(config, key) for config in both)
         if before != now:

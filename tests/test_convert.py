@@ -92,7 +92,7 @@ def folder(tmp_path):
         ([], "none of from_hf, to_hf"),
         (["sideways"], "sideways is none of from_hf, to_hf, to_peft, merge_lora, assemble_experts: write from_hf"),
         (["from_hf", "src={}/hf"], "out= is not given: write from_hf src=DIR out=DIR"),
-        (["to_hf", "checkpoint={}", "out={}/x", "model=chameleon"], "takes only checkpoint and out: leave out model="),
+        (["to_hf", "checkpoint={}", "out={}/x", "model=chameleon"], r"weights=model\|ema: leave out model=chameleon"),
         (["to_hf", "checkpoint={}", "out={}/x"], "holds no checkpoint"),
         (["from_hf", "src={}/none", "out={}/x"], r"none/config\.json cannot be read: No such file"),
         (

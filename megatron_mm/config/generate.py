@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_mm.config.arguments import pairs, read_yaml, with_values
 from megatron_mm.config.compose import ConfigError
+from megatron_mm.config.fields import choice
 from megatron_mm.config.schema import ParallelConfig
 
 KINDS = ("text", "image")
@@ -60,6 +61,8 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     checkpoint: str = ""
     """Folder of checkpoints, or one iter_* folder in it."""
+    weights: str = choice("model", "ema")
+    """`ema`: their moving average, where the run kept one (optim.ema_decay)."""
     prompt: str = ""
     """A text, [a list, of texts] or @FILE with a text a line, of which each makes a prompt. It may be given again, and
     images before and behind it: what is given stands in the prompt in that order."""

@@ -95,6 +95,8 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    ema_decay: float | None = None
+    """Of an exponential moving average of the weights, kept in fp32 beside the optimizer's states; null: none."""
     trainable: tuple[str, ...] = ()
     """Patterns (fnmatch) over parameter names `front.*`, `decoder.layers.<n>.*`, `back.*`: only these train; none means
     all do."""

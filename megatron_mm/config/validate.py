@@ -23,7 +23,7 @@ FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", 
 """Whole numbers that may be 0; all others count something and start at 1."""
 
 ORDERS = {"caption_first", "image_first", "generation_share", "r2i_share", "condition_dropout"}
-SHARES = {"adam_beta1", "adam_beta2", "dropout", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
+SHARES = {"adam_beta1", "adam_beta2", "ema_decay", "dropout", "hidden_dropout", "rotary_percent", "top_p", *ORDERS}
 """Numbers between 0 and 1; all others are 0 or more."""
 
 
@@ -212,6 +212,7 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
+    yield optim.ema_decay in (0.0, 1.0), f"optim.ema_decay={optim.ema_decay} averages nothing: choose one in between."
     wsd = optim.lr_wsd_decay_iters
     yield (
         optim.lr_decay_style == "WSD" and wsd is None,

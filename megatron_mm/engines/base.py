@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,8 +91,9 @@ class Engine(Protocol):
         """The models' weights have been replaced: what the optimizer keeps of them follows."""
         ...
 
-    def state(self, is_loading: bool) -> dict[str, Any]:
-        """Weights, optimizer and schedule as a checkpoint holds them, by layout-free names; collective."""
+    def state(self, is_loading: bool, saved: Collection[str] | None = None) -> dict[str, Any]:
+        """Weights, optimizer and schedule as a checkpoint holds them, by layout-free names; collective. `saved`: the
+        names in the checkpoint that is to fill it."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm.engines.base import Engine
 from megatron_mm.engines.format import FORMAT, METADATA, common_state, latest_iteration, resolve
-from megatron_mm.engines.reading import CheckpointError, read_tensors, reason
+from megatron_mm.engines.reading import CheckpointError, read_shapes, read_tensors, reason
 from megatron_mm.engines.retention import drop_old, publish
 from megatron_mm.engines.room import bytes_needed, clear
 from megatron_mm.engines.weights import replicas
@@ -87,7 +87,8 @@ class Checkpointer:
         common = common_state(path)
         if obstacle := self.engine.obstacle(common):
             raise CheckpointError(f"{path} {obstacle}")
-        self.engine.load_state(read_tensors(self.engine.state(is_loading=True), path, replicas()))
+        state = self.engine.state(is_loading=True, saved=read_shapes(path).keys())
+        self.engine.load_state(read_tensors(state, path, replicas()))
         return common
 
     def _fail_together(self, problem: str | None, path: Path) -> None:

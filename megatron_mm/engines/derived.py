@@ -28,8 +28,9 @@ def checkpoint_config(folder: Path) -> Config:
     return from_dict_config(OmegaConf.create(common_state(folder)["config"]))
 
 
-def merge_lora(checkpoint: Path, out: Path) -> Config:
-    """Writes the checkpoint to `out` with its adapters added to their weights. Returns the configuration there.
+def merge_lora(checkpoint: Path, out: Path, averaged: bool = False) -> Config:
+    """Writes the checkpoint to `out` with its adapters, or their moving averages, added to their weights. Returns the
+    configuration there.
 
     Raises:
         ValueError: it has no adapters, or `out` holds a checkpoint already.
@@ -38,7 +39,7 @@ def merge_lora(checkpoint: Path, out: Path) -> Config:
     if not config.lora.rank:
         raise ValueError(f"{checkpoint} has no adapters to merge: it was written with lora.rank=0.")
     merged = replace(config, lora=LoraConfig())
-    weights = merge(load_whole_weights(checkpoint), config.lora.scale)
+    weights = merge(load_whole_weights(checkpoint, averaged), config.lora.scale)
     save_whole_weights(out, weights.items(), to_yaml(merged))
     return merged
 

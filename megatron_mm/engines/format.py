@@ -15,6 +15,9 @@ FORMAT = 2
 """Of checkpoints. 1, which has no number, is the same but for the order in which a document's choices are drawn: its
 weights and place in the data are read, a resumed run draws anew."""
 
+EMA = "ema."
+"""What the name of a weight's moving average begins with; the weight's own follows."""
+
 TRACKER = "latest_checkpointed_iteration.txt"
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -7,27 +7,32 @@ only ever summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_mm.config.compose import Config
 from megatron_mm.engines.base import MicroBatch, StepMetrics
 from megatron_mm.engines.common import CommonEngine
-from megatron_mm.engines.format import METADATA
+from megatron_mm.engines.format import EMA, METADATA
 from megatron_mm.engines.weights import model_state
 from megatron_mm.families.base import Family
 from megatron_mm.parallel.build import select_parts
 from megatron_mm.parallel.context.runtime import HostPart
 from megatron_mm.parallel.cpu_device import direct
+from megatron_mm.parallel.ema import WeightAverage
 from megatron_mm.parallel.init import Fresh
 from megatron_mm.parallel.layout import Layout
 from megatron_mm.parallel.moe import take_routing
 from megatron_mm.parallel.optimizer import build_optimizer, clip_and_step, squared_grad_norm
+
+MOMENTS = "optimizer.state.exp_avg."
+"""How megatron-core's checkpoints begin the names of first moments."""
 
 
 class MegatronEngine(CommonEngine):
@@ -57,6 +62,8 @@ class MegatronEngine(CommonEngine):
                 core.no_sync_func, core.grad_sync_func = core.no_sync_func[0], core.grad_sync_func[0]
         self.optimizer, self.schedule = build_optimizer(self.chunks, config.optim, parallel, config.train)
         self._forward_backward = get_forward_backward_func()
+        decay = config.optim.ema_decay
+        self.average = WeightAverage(self.optimizer, decay) if decay is not None else None
 
     def step(self, batches: list[MicroBatch], stop: Callable[[], bool] = bool) -> StepMetrics:
         """See `Engine`."""
@@ -87,6 +94,8 @@ class MegatronEngine(CommonEngine):
         learning_rate = self.schedule.get_lr({})  # of parameters that no multiplier names
         if stepped:
             self.schedule.step(1)
+            if self.average:
+                self.average.update()
         return self._metrics(totals, sums, routed, grad_norm, learning_rate, not stepped, stopping > 0)
 
     def _sums(self, parts: list[HostPart]) -> torch.Tensor:
@@ -126,6 +135,8 @@ class MegatronEngine(CommonEngine):
     def take_weights(self) -> None:
         """See `Engine`."""
         self.optimizer.reload_model_params()
+        if self.average:
+            self.average.start()
 
     def obstacle(self, common: Mapping[str, Any]) -> str | None:
         """See `Engine`."""
@@ -135,7 +146,7 @@ class MegatronEngine(CommonEngine):
         theirs = f"parallel.use_distributed_optimizer={str(not ours).lower()}"
         return f"was written with {theirs}, which cannot be converted: set it to {str(not ours).lower()}."
 
-    def state(self, is_loading: bool) -> dict[str, Any]:
+    def state(self, is_loading: bool, saved: Collection[str] | None = None) -> dict[str, Any]:
         """See `Engine`."""
         if not is_loading and self.chunks[0].ddp_config.overlap_param_gather:
             for chunk in self.chunks:  # what the last step made of the weights still has to be gathered
@@ -143,21 +154,50 @@ class MegatronEngine(CommonEngine):
         model = model_state(self.models)
         for part in self.optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer, part.config)  # before the first step there are no moments to save
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
-        _keep_empty_groups_out(optimizer)
+        average = {}
+        if self.average and (saved is None or any(name.startswith(EMA) for name in saved)):
+            with self.average.as_first_moments():
+                average = {"ema": _average_alone(self._optimizer_state(is_loading))}
         return {
             "model": model,
-            "optimizer": optimizer,
+            "optimizer": self._optimizer_state(is_loading),
+            **average,
             "schedule": self.schedule.state_dict(),
             "distributed_optimizer": self.config.parallel.use_distributed_optimizer,
         }
+
+    def _optimizer_state(self, is_loading: bool) -> dict[str, Any]:
+        # Of model states of its own: the optimizer's entries share objects with what it is given.
+        state = self.optimizer.sharded_state_dict(model_state(self.models), is_loading=is_loading, metadata=METADATA)
+        _keep_empty_groups_out(state)
+        return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Engine`."""
         for number, model in enumerate(self.models):
             model.load_state_dict(state["model"][str(number)], strict=True)
+        if self.average and "ema" in state:
+            with self.average.as_first_moments():
+                self.optimizer.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average and "ema" not in state:
+            self.average.start()
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _average_alone(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Of an optimizer's sharded state whose first moments are averages: these by names of their own, and nothing else
+    that a checkpoint would store."""
+
+    def renamed(entry: Any) -> Any:
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            return entry
+        if not entry.key.startswith(MOMENTS):
+            return LocalNonpersistentObject(entry.data)
+        entry.key = EMA + entry.key.removeprefix(MOMENTS)
+        return entry
+
+    return dict_list_map_inplace(renamed, optimizer)
 
 
 def _keep_empty_groups_out(optimizer: dict[str, Any]) -> None:

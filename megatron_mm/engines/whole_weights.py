@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_mm.data.files import replacing
 from megatron_mm.engines.format import TRACKER, resolve
 from megatron_mm.engines.reading import CheckpointError, read_shapes, read_tensors
+from megatron_mm.engines.weights import average_in_place
 
 _PARTS = ("front.", "decoder.", "back.")
 
@@ -41,16 +42,23 @@ def save_whole_weights(folder: Path, weights: Iterable[tuple[str, torch.Tensor]]
         raise CheckpointError(f"could not save {path}: {error}. Free some space or choose another folder.") from error
 
 
-def load_whole_weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_whole_weights(folder: Path, averaged: bool = False) -> dict[str, torch.Tensor]:
     """Every weight of the model in `folder`, in the dtype it was saved in; optimizer state is not read.
 
+    Args:
+        averaged: takes the moving average of each weight that has one.
+
     Raises:
-        CheckpointError: the checkpoint is missing or corrupt.
+        CheckpointError: the checkpoint is missing or corrupt, or has no averages.
     """
     path = resolve(folder)
+    saved = read_shapes(path)
+    dtypes = {name: entry.dtype for name, entry in saved.items() if name.startswith(_PARTS)}
     wanted = {
-        name: ShardedTensor.from_rank_offsets(name, torch.empty(entry.global_shape, dtype=entry.dtype))
-        for name, entry in read_shapes(path).items()
-        if name.startswith(_PARTS)
+        name: ShardedTensor.from_rank_offsets(name, torch.empty(saved[name].global_shape, dtype=dtype))
+        for name, dtype in dtypes.items()
     }
-    return read_tensors({"model": wanted}, path)["model"]
+    if averaged:
+        for entry in wanted.values():
+            average_in_place(path, entry, saved)
+    return {name: w.to(dtypes[name]) for name, w in read_tensors({"model": wanted}, path)["model"].items()}

@@ -45,12 +45,17 @@ class SamplingModel:
     @classmethod
     @contextmanager
     def load(
-        cls, checkpoint: str | Path, device: torch.device | None = None, parallel: ParallelConfig | None = None
+        cls,
+        checkpoint: str | Path,
+        device: torch.device | None = None,
+        parallel: ParallelConfig | None = None,
+        averaged: bool = False,
     ) -> Iterator[SamplingModel]:
         """The model in `checkpoint`: a folder of checkpoints (its latest) or one iter_* folder.
 
         Args:
             parallel: tensor and pipeline sizes, whose product is the number of ranks of this job; None for one rank.
+            averaged: the moving averages of its weights (optim.ema_decay).
 
         Raises:
             ValueError: there is no complete checkpoint, its tokenizer or image tokenizer is not there, or it cannot be
@@ -66,7 +71,7 @@ class SamplingModel:
         device = device or pick_device(config.parallel)
         with model_ranks(config.parallel, device):
             model = cls.build(config, device)
-            load_weights([model.stage], path)
+            load_weights([model.stage], path, averaged)
             yield model
 
     @classmethod
