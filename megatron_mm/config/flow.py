@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_mm.config.fields import Problem
 from megatron_mm.config.model import ImageConfig, TrunkConfig
 
 
@@ -54,3 +56,18 @@ class ShowoFlowConfig:
             ffn_hidden_size=self.flow_ffn_size,
             rotary_base=500000.0,
         )
+
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        flow = self.flow_head
+        for width, heads, size, count in (
+            ("semantic_hidden_size", "semantic_heads", self.semantic_hidden_size, self.semantic_heads),
+            ("flow_hidden_size", "flow_heads", flow.hidden_size, 2 * flow.num_attention_heads),
+            ("flow_heads", "flow_query_groups", flow.num_attention_heads, flow.kv_heads),
+        ):
+            twice = "twice " if heads == "flow_heads" else ""
+            yield (
+                size % count > 0,
+                f"model.{width}={size} must be a multiple of {twice}model.{heads}={getattr(self, heads)}; change one "
+                "of the two.",
+            )

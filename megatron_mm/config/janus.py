@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_mm.config.fields import choice
+from megatron_mm.config.fields import Problem, choice
 from megatron_mm.config.model import ImageConfig, SpecialsConfig, TrunkConfig
 
 
@@ -31,6 +32,19 @@ class EncoderConfig:
     def side(self) -> int:
         """Patches of a side."""
         return self.image_size // self.patch_size
+
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            self.image_size % self.patch_size > 0,
+            f"model.encoder.patch_size={self.patch_size} must divide model.encoder.image_size={self.image_size}; "
+            "change one of them.",
+        )
+        yield (
+            self.hidden_size % self.num_attention_heads > 0,
+            f"model.encoder.hidden_size={self.hidden_size} must be a multiple of model.encoder.num_attention_heads="
+            f"{self.num_attention_heads}; change one of the two.",
+        )
 
 
 @dataclass(frozen=True)

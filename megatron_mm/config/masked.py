@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_mm.config.fields import Problem
 from megatron_mm.config.model import ImageConfig, TrunkConfig, VocabularyConfig
 
 
@@ -67,3 +69,11 @@ class MMaDAConfig(MaskedConfig):
     text_block: int = 64
     """Answers end in EOS up to a multiple of this, so that the number of masks does not give their length away;
     sampling adds as many masks at a time."""
+
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            self.r2i_share > 0 and self.vocab_size is not None and self.r2i_id is None,
+            f"model.r2i_share={self.r2i_share} needs an id for its task among the model.vocab_size="
+            f"{self.vocab_size} entries: set model.r2i_id.",
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from megatron_mm.config.fields import choice
+from megatron_mm.config.fields import Problem, choice
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,36 @@ class TrunkConfig:
         """Channels of a head that RoPE turns."""
         return int(self.head_dim * self.rotary_percent)
 
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        heads, kv = self.num_attention_heads, self.kv_heads
+        yield (
+            self.hidden_size % (2 * heads) > 0,
+            f"model.trunk.hidden_size={self.hidden_size} must be an even multiple of model.trunk.num_attention_heads="
+            f"{heads}, since RoPE turns pairs of channels; change one of the two.",
+        )
+        yield (
+            self.rotary_dim < 2 or self.rotary_dim % 2 > 0,
+            f"model.trunk.rotary_percent={self.rotary_percent} turns {self.rotary_dim} of a head's {self.head_dim} "
+            "channels, but RoPE turns pairs; choose a share that is an even number of them, 2 or more.",
+        )
+        yield (
+            self.parallel_block and self.norm_placement == "swin",
+            "model.trunk.parallel_block=true has one norm, before both sublayers, and model.trunk.norm_placement=swin "
+            "one behind each; use pre, or set model.trunk.parallel_block=false.",
+        )
+        yield (
+            heads % kv > 0,
+            f"model.trunk.num_attention_heads={heads} must be a multiple of model.trunk.num_query_groups={kv}; change "
+            "one.",
+        )
+        experts = self.num_experts
+        yield (
+            experts is not None and not 2 <= self.moe_router_topk <= experts,
+            f"model.trunk.moe_router_topk={self.moe_router_topk} must be 2 (one would teach the router nothing) "
+            f"to model.trunk.num_experts={experts}; change one of the two.",
+        )
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -170,6 +201,24 @@ class TransfusionConfig:
     def tells_places(self) -> bool:
         """Whether patches carry their row and column: linear ones, where the width of an image is not known."""
         return self.patch_codec == "linear" and self.image.transform == "native"
+
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            self.tells_places and self.trunk.hidden_size % 4 > 0,
+            f"model.trunk.hidden_size={self.trunk.hidden_size} must be a multiple of 4 with "
+            "model.image.transform=native, for the sines and cosines of rows and columns; change it.",
+        )
+        yield (
+            self.image_first_max_timestep > self.num_train_timesteps,
+            f"model.image_first_max_timestep={self.image_first_max_timestep} is above model.num_train_timesteps="
+            f"{self.num_train_timesteps}; lower it.",
+        )
+        yield (
+            self.patch_codec == "unet" and self.patch_size & (self.patch_size - 1) > 0,
+            f"model.patch_size={self.patch_size} must be a power of two for model.patch_codec=unet; change one of the "
+            "two.",
+        )
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ Names are Megatron-LM's where it has one. Everything that can be derived is a pr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from megatron_mm.config.fields import choice
+from megatron_mm.config.fields import Problem, choice
 from megatron_mm.types import TASKS
 
 
@@ -105,6 +107,26 @@ class OptimConfig:
     lr_multipliers: dict[str, float] | None = None
     """Pattern -> factor on lr and min_lr; the first pattern that matches a parameter counts."""
 
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield self.ema_decay in (0.0, 1.0), f"optim.ema_decay={self.ema_decay} averages nothing: choose one in between."
+        wsd = self.lr_wsd_decay_iters
+        yield (
+            self.lr_decay_style == "WSD" and wsd is None,
+            "optim.lr_decay_style=WSD decays in the last optim.lr_wsd_decay_iters iterations: set them.",
+        )
+        yield (
+            self.lr_decay_style != "WSD" and wsd is not None,
+            f"optim.lr_wsd_decay_iters={wsd} does nothing with optim.lr_decay_style={self.lr_decay_style}: set that to "
+            "WSD, or leave it null.",
+        )
+        for pattern, factor in (self.lr_multipliers or {}).items():
+            yield (
+                not 0 < factor < math.inf,
+                f"optim.lr_multipliers.{pattern}={factor} must be above 0, and finite; optim.frozen stops training.",
+            )
+        yield self.min_lr > self.lr, f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}; lower it."
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -130,6 +152,13 @@ class ValidationConfig:
     def given(self) -> bool:
         return bool(self.path or self.sources)
 
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            bool(self.path and self.sources),
+            f"data.validation.path={self.path} and data.validation.sources exclude each other: drop one of them.",
+        )
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -151,6 +180,14 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            self.rank > 0 and not self.targets,
+            f"lora.rank={self.rank} has no layers to adapt with lora.targets=[]; name some, such as decoder.layers.*.",
+        )
+        yield self.rank > 0 and self.alpha == 0, "lora.alpha=0 switches the adapters off; use a number above 0."
 
 
 @dataclass(frozen=True)
@@ -181,6 +218,20 @@ class DataConfig:
     """Steps read ahead."""
     validation: ValidationConfig = ValidationConfig()
 
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            not self.path and not self.sources,
+            "data.path is not set: add data.path=... or data.sources=[...], or choose an experiment=NAME that sets it.",
+        )
+        yield (
+            bool(self.path and self.sources),
+            f"data.path={self.path} and data.sources exclude each other: set data.path=null, or data.sources=[].",
+        )
+        for number, source in enumerate(self.sources):
+            key = f"data.sources[{number}].weight"
+            yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -192,6 +243,13 @@ class CheckpointConfig:
     async_save: bool = False
     keep: int | None = None
     """Newest checkpoints to keep; null keeps all."""
+
+    def contradictions(self) -> Iterator[Problem]:
+        """See `validate`."""
+        yield (
+            self.async_save and self.save is None,
+            "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
+        )
 
 
 @dataclass(frozen=True)

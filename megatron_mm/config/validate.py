@@ -1,6 +1,8 @@
 """What a configuration may not say: values out of range, and keys that contradict each other or the world size.
 
 Everything here is known before a process group or a file is opened, and each mistake is one sentence with a remedy.
+What a group says of itself stands beside its dataclass, as its method `contradictions`; here is what groups say of each
+other.
 """
 
 from __future__ import annotations
@@ -8,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 from megatron_mm.config.compose import Config, ConfigError, ModelConfig
+from megatron_mm.config.fields import Problem
 from megatron_mm.config.flow import ShowoFlowConfig
-from megatron_mm.config.janus import EncoderConfig, JanusConfig
-from megatron_mm.config.masked import MMaDAConfig
-from megatron_mm.config.model import PatchedConfig, TransfusionConfig, TrunkConfig
-from megatron_mm.config.schema import DataConfig, ParallelConfig
-from megatron_mm.config.unimoe import UniMoEConfig
+from megatron_mm.config.model import PatchedConfig, TrunkConfig
+from megatron_mm.config.schema import ParallelConfig
 
 IDS = {"pad", "bos", "eos", "boi", "eoi", "image_start", "t2i", "mmu", "mask", "r2i_id"}
 FROM_ZERO = {"seed", "prefetch", "lr_warmup_iters", "image_first_max_timestep", "rank", *IDS}
@@ -38,7 +39,7 @@ def validate(config: Config, world_size: int, training: bool = True) -> None:
     """
     for problem in out_of_range(config):
         raise ConfigError(problem)
-    for wrong, problem in _contradictions(config, world_size, training):
+    for wrong, problem in chain(own_contradictions(config), _contradictions(config, world_size, training)):
         if wrong:
             raise ConfigError(problem)
 
@@ -56,6 +57,17 @@ def out_of_range(group: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}={'null' if value is None else value} must be {expected}."
 
 
+def own_contradictions(group: Any) -> Iterator[Problem]:
+    """What the dataclass `group`, and those in it, say themselves (`contradictions`), a family of a user's own too."""
+    if hasattr(group, "contradictions"):
+        yield from group.contradictions()
+    for field in fields(group):
+        value = getattr(group, field.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(each):
+                yield from own_contradictions(each)
+
+
 def _expected(field: Field, value: Any) -> str | None:
     """What `value` should have been, or None where it is all right."""
     if choices := field.metadata.get("choices"):
@@ -70,8 +82,8 @@ def _expected(field: Field, value: Any) -> str | None:
     return None
 
 
-def _contradictions(config: Config, world_size: int, training: bool) -> Iterator[tuple[bool, str]]:
-    """(is it wrong, the sentence). Lazily, so that a later line may rely on what an earlier one refused."""
+def _contradictions(config: Config, world_size: int, training: bool) -> Iterator[Problem]:
+    """Lazily, so that a later line may rely on what an earlier one refused."""
     parallel, train, optim, data, trunk = config.parallel, config.train, config.optim, config.data, config.model.trunk
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp = parallel.context_parallel_size
@@ -79,12 +91,7 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
     tp_key, pp_key = f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}"
     vpp_key = f"parallel.virtual_pipeline_model_parallel_size={vpp}"
 
-    yield from _source_contradictions(data)
     validation = data.validation
-    yield (
-        bool(validation.path and validation.sources),
-        f"data.validation.path={validation.path} and data.validation.sources exclude each other: drop one of them.",
-    )
     yield (
         train.eval_interval is not None and not validation.given,
         f"train.eval_interval={train.eval_interval} has nothing to evaluate on: set data.validation.path, or leave it "
@@ -141,33 +148,13 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         f"{f' x {vpp_key}' if vpp else ''}; change one of them.",
     )
 
-    heads, kv = trunk.num_attention_heads, trunk.kv_heads
-    yield (
-        trunk.hidden_size % (2 * heads) > 0,
-        f"model.trunk.hidden_size={trunk.hidden_size} must be an even multiple of model.trunk.num_attention_heads="
-        f"{heads}, since RoPE turns pairs of channels; change one of the two.",
-    )
-    yield (
-        trunk.rotary_dim < 2 or trunk.rotary_dim % 2 > 0,
-        f"model.trunk.rotary_percent={trunk.rotary_percent} turns {trunk.rotary_dim} of a head's {trunk.head_dim} "
-        "channels, but RoPE turns pairs; choose a share that is an even number of them, 2 or more.",
-    )
-    yield (
-        trunk.parallel_block and trunk.norm_placement == "swin",
-        "model.trunk.parallel_block=true has one norm, before both sublayers, and model.trunk.norm_placement=swin one "
-        "behind each; use pre, or set model.trunk.parallel_block=false.",
-    )
     yield (
         trunk.normalization == "LayerNorm" and config.fusion.rms_norm == "liger",
         "fusion.rms_norm=liger has no RMSNorm to compute with model.trunk.normalization=LayerNorm; use torch.",
     )
-    yield (
-        heads % kv > 0,
-        f"model.trunk.num_attention_heads={heads} must be a multiple of model.trunk.num_query_groups={kv}; change one.",
-    )
     for name, size in (
-        ("num_attention_heads", heads),
-        ("num_query_groups", kv),
+        ("num_attention_heads", trunk.num_attention_heads),
+        ("num_query_groups", trunk.kv_heads),
         ("ffn_hidden_size", trunk.ffn_size),
     ):
         yield size % tp > 0, f"model.trunk.{name}={size} must be a multiple of {tp_key}; change one of the two."
@@ -212,17 +199,7 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         optim.lr_warmup_iters >= decay,
         f"optim.lr_warmup_iters={optim.lr_warmup_iters} must be less than {decay_key}={decay}; change one of the two.",
     )
-    yield optim.ema_decay in (0.0, 1.0), f"optim.ema_decay={optim.ema_decay} averages nothing: choose one in between."
     wsd = optim.lr_wsd_decay_iters
-    yield (
-        optim.lr_decay_style == "WSD" and wsd is None,
-        "optim.lr_decay_style=WSD decays in the last optim.lr_wsd_decay_iters iterations: set them.",
-    )
-    yield (
-        optim.lr_decay_style != "WSD" and wsd is not None,
-        f"optim.lr_wsd_decay_iters={wsd} does nothing with optim.lr_decay_style={optim.lr_decay_style}: set that to "
-        "WSD, or leave it null.",
-    )
     yield (
         wsd is not None and wsd > decay - optim.lr_warmup_iters,
         f"optim.lr_wsd_decay_iters={wsd} is more than the {decay - optim.lr_warmup_iters} iterations between "
@@ -239,51 +216,12 @@ def _contradictions(config: Config, world_size: int, training: bool) -> Iterator
         f"lora.dropout={lora.dropout} does not know the blocks of parallel.feed_forward_block={block}; set one of them "
         "to 0 or null.",
     )
-    yield (
-        lora.rank > 0 and not lora.targets,
-        f"lora.rank={lora.rank} has no layers to adapt with lora.targets=[]; name some, such as decoder.layers.*.",
-    )
-    yield lora.rank > 0 and lora.alpha == 0, "lora.alpha=0 switches the adapters off; use a number above 0."
-    for pattern, factor in (optim.lr_multipliers or {}).items():
-        yield (
-            not 0 < factor < math.inf,
-            f"optim.lr_multipliers.{pattern}={factor} must be above 0, and finite; optim.frozen stops training.",
-        )
-    yield optim.min_lr > optim.lr, f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}; lower it."
-    yield (
-        config.checkpoint.async_save and config.checkpoint.save is None,
-        "checkpoint.async_save=true has nothing to write with checkpoint.save=null; set a folder, or turn it off.",
-    )
     yield from _image_contradictions(config.model)
     if isinstance(config.model, ShowoFlowConfig):
         yield from _showo_flow(config.model, config.parallel)
-    if isinstance(config.model, TransfusionConfig):
-        yield from _transfusion(config.model)
-    if isinstance(config.model, MMaDAConfig):
-        yield (
-            config.model.r2i_share > 0 and config.model.vocab_size is not None and config.model.r2i_id is None,
-            f"model.r2i_share={config.model.r2i_share} needs an id for its task among the model.vocab_size="
-            f"{config.model.vocab_size} entries: set model.r2i_id.",
-        )
-    if isinstance(config.model, JanusConfig | UniMoEConfig):
-        yield from _encoder(config.model.encoder)
 
 
-def _source_contradictions(data: DataConfig) -> Iterator[tuple[bool, str]]:
-    yield (
-        not data.path and not data.sources,
-        "data.path is not set: add data.path=... or data.sources=[...], or choose an experiment=NAME that sets it.",
-    )
-    yield (
-        bool(data.path and data.sources),
-        f"data.path={data.path} and data.sources exclude each other: set data.path=null, or data.sources=[].",
-    )
-    for number, source in enumerate(data.sources):
-        key = f"data.sources[{number}].weight"
-        yield source.weight == 0, f"{key}={source.weight} must be above 0; take the source out instead."
-
-
-def _image_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
+def _image_contradictions(model: ModelConfig) -> Iterator[Problem]:
     image = model.image
     yield (
         image.max_pixels is not None and image.transform != "native",
@@ -309,19 +247,8 @@ def _image_contradictions(model: ModelConfig) -> Iterator[tuple[bool, str]]:
     )
 
 
-def _showo_flow(model: ShowoFlowConfig, parallel: ParallelConfig) -> Iterator[tuple[bool, str]]:
-    flow, tp = model.flow_head, parallel.tensor_model_parallel_size
-    for width, heads, size, count in (
-        ("semantic_hidden_size", "semantic_heads", model.semantic_hidden_size, model.semantic_heads),
-        ("flow_hidden_size", "flow_heads", flow.hidden_size, 2 * flow.num_attention_heads),
-        ("flow_heads", "flow_query_groups", flow.num_attention_heads, flow.kv_heads),
-    ):
-        twice = "twice " if heads == "flow_heads" else ""
-        yield (
-            size % count > 0,
-            f"model.{width}={size} must be a multiple of {twice}model.{heads}={getattr(model, heads)}; change one of "
-            "the two.",
-        )
+def _showo_flow(model: ShowoFlowConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    tp = parallel.tensor_model_parallel_size
     for name in ("flow_heads", "flow_query_groups", "flow_ffn_size"):
         size = getattr(model, name)
         yield (
@@ -330,24 +257,7 @@ def _showo_flow(model: ShowoFlowConfig, parallel: ParallelConfig) -> Iterator[tu
         )
 
 
-def _transfusion(model: TransfusionConfig) -> Iterator[tuple[bool, str]]:
-    yield (
-        model.tells_places and model.trunk.hidden_size % 4 > 0,
-        f"model.trunk.hidden_size={model.trunk.hidden_size} must be a multiple of 4 with model.image.transform=native, "
-        "for the sines and cosines of rows and columns; change it.",
-    )
-    yield (
-        model.image_first_max_timestep > model.num_train_timesteps,
-        f"model.image_first_max_timestep={model.image_first_max_timestep} is above model.num_train_timesteps="
-        f"{model.num_train_timesteps}; lower it.",
-    )
-    yield (
-        model.patch_codec == "unet" and model.patch_size & (model.patch_size - 1) > 0,
-        f"model.patch_size={model.patch_size} must be a power of two for model.patch_codec=unet; change one of them.",
-    )
-
-
-def _expert_contradictions(config: Config, world_size: int, training: bool) -> Iterator[tuple[bool, str]]:
+def _expert_contradictions(config: Config, world_size: int, training: bool) -> Iterator[Problem]:
     trunk, parallel = config.model.trunk, config.parallel
     ep, experts = parallel.expert_model_parallel_size, trunk.num_experts
     ep_key = f"parallel.expert_model_parallel_size={ep}"
@@ -362,11 +272,6 @@ def _expert_contradictions(config: Config, world_size: int, training: bool) -> I
     yield (
         ranks % ep > 0,
         f"{ep_key} must divide the {ranks} ranks of a pipeline stage (tensor x context x data); change it.",
-    )
-    yield (
-        not 2 <= trunk.moe_router_topk <= experts,
-        f"model.trunk.moe_router_topk={trunk.moe_router_topk} must be 2 (one would teach the router nothing) "
-        f"to model.trunk.num_experts={experts}; change one of the two.",
     )
     tp = parallel.tensor_model_parallel_size
     yield (
@@ -386,20 +291,7 @@ def _expert_contradictions(config: Config, world_size: int, training: bool) -> I
     )
 
 
-def _encoder(encoder: EncoderConfig) -> Iterator[tuple[bool, str]]:
-    yield (
-        encoder.image_size % encoder.patch_size > 0,
-        f"model.encoder.patch_size={encoder.patch_size} must divide model.encoder.image_size={encoder.image_size}; "
-        "change one of them.",
-    )
-    yield (
-        encoder.hidden_size % encoder.num_attention_heads > 0,
-        f"model.encoder.hidden_size={encoder.hidden_size} must be a multiple of model.encoder.num_attention_heads="
-        f"{encoder.num_attention_heads}; change one of the two.",
-    )
-
-
-def _context_contradictions(config: Config) -> Iterator[tuple[bool, str]]:
+def _context_contradictions(config: Config) -> Iterator[Problem]:
     parallel = config.parallel
     cp, comm, size = parallel.context_parallel_size, parallel.context_parallel_comm, parallel.ulysses_size
     yield (
