@@ -190,6 +190,7 @@ def test_accepts(world_size, overrides):
                 f"{CP}=8",
                 f"{COMM}=ulysses",
                 "model.flow_heads=4",
+                "model.flow_query_groups=4",
             ],
             r"context_parallel_comm=ulysses spreads the heads of a tensor-parallel rank \(4 and ",
         ),
