@@ -197,13 +197,11 @@ def _train(
 
 def _diverged(config: Config, skipped: int) -> ValueError:
     last = latest_iteration(config.checkpoint.save) if config.checkpoint.save else None
-    start = (
-        "lower optim.lr or mend the data, and start anew"
-        if last is None
-        else (f"iter_{last:07d} is the latest checkpoint; go on from there or an earlier one with a lower optim.lr")
-    )
+    remedy = "lower optim.lr or mend the data, and start anew"
+    if last is not None:
+        remedy = f"iter_{last:07d} is the latest checkpoint; go on from there or an earlier one with a lower optim.lr"
     return ValueError(
-        f"The gradients of {skipped} steps in a row were not finite (train.max_skipped): the run has diverged; {start}."
+        f"The gradients of {skipped} steps in a row were not finite (train.max_skipped): the run has diverged; {remedy}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -25,7 +26,7 @@ from megatron_mm.parallel.trainable import freeze
 from megatron_mm.types import PackedBatch
 
 
-class CommonEngine:
+class CommonEngine(ABC):
     """The models of one rank, and all of a step but how gradients and weights move.
 
     fresh: the weights that are drawn; the others wait for a checkpoint.
@@ -63,9 +64,9 @@ class CommonEngine:
             (*labels, _, _), sums = self._read(counts, [sums])
         return self._means(sums, labels)
 
+    @abstractmethod
     def _sums(self, parts: list[HostPart]) -> torch.Tensor:
         """Loss sums [terms] fp64 of this rank's micro-batches, forward alone; zeros where they are not computed."""
-        raise NotImplementedError
 
     def _means(self, sums: Sequence[float], labels: Sequence[float]) -> Evaluation:
         terms = self.family.terms
