@@ -201,7 +201,7 @@ def _diverged(config: Config, skipped: int) -> ValueError:
     if last is not None:
         remedy = f"iter_{last:07d} is the latest checkpoint; go on from there or an earlier one with a lower optim.lr"
     return ValueError(
-        f"The gradients of {skipped} steps in a row were not finite (train.max_skipped): the run has diverged; {remedy}."
+        f"The gradients of {skipped} steps in a row were not finite (train.max_skipped): the run diverged; {remedy}."
     )
 
 
