@@ -88,6 +88,8 @@ def test_memory_of_a_million_tokens_by_hand():
     assert memory.kept == 32 * 2**20 / 32 * 4096 / 8 * 2, "the inputs of 32 layers, in bf16, cut by 8 and by 32"
     assert memory.logits == LOGITS_BYTES
     assert memory.total == pytest.approx(sum(vars(memory).values()))
+    averaged = estimate(compose([*LONG, "optim.ema_decay=0.999"]), 32000, 256)
+    assert averaged.optimizer == pytest.approx(16 * 6.738e9 / 256, rel=1e-3)
 
 
 def test_activations_of_a_phi_layer_by_hand():

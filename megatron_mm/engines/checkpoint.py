@@ -50,7 +50,8 @@ class Checkpointer:
         """
         self.finish()
         path = self.folder / f"iter_{iteration:07d}"
-        need = bytes_needed(self.engine.models, self.engine.layout)
+        averaged = self.engine.config.optim.ema_decay is not None
+        need = bytes_needed(self.engine.models, self.engine.layout, averaged)
         problem = clear(path, need) if dist.get_rank() == 0 else None
         self._fail_together(problem, path)
         state = self.engine.state(is_loading=False) | {"format_version": FORMAT, "iteration": iteration} | extra

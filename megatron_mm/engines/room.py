@@ -11,9 +11,11 @@ from torch import nn
 from megatron_mm.parallel.layout import Layout
 
 
-def bytes_needed(models: Sequence[nn.Module], layout: Layout) -> int:
-    """Of weights, fp32 master weights and two moments, by this rank's share times the ranks that share them."""
-    mine = sum(p.numel() * (p.element_size() + 12) for model in models for p in model.parameters())
+def bytes_needed(models: Sequence[nn.Module], layout: Layout, averaged: bool) -> int:
+    """Of weights, fp32 master weights, two moments and moving averages, if there are any: by this rank's share times
+    the ranks that share them."""
+    states = 16 if averaged else 12
+    mine = sum(p.numel() * (p.element_size() + states) for model in models for p in model.parameters())
     return mine * layout.tp_size * layout.pp_size
 
 

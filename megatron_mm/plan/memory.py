@@ -70,6 +70,8 @@ def estimate(config: Config, vocab_size: int, world_size: int, beside: int = 0) 
         kept_states = (rank_weights - experts) / replicas
         kept_states += experts * parallel.expert_model_parallel_size / stage_ranks
     states = 12 if train.precision == "bf16" else 2 * element  # master weights and Adam's two moments in fp32
+    if config.optim.ema_decay is not None:
+        states += max(element, 4)
     tokens = config.data.seq_length / parallel.context_parallel_size * train.micro_batch_size
     pp = parallel.pipeline_model_parallel_size
     data_ranks = replicas / parallel.context_parallel_size
