@@ -152,7 +152,7 @@ def _train(
         write_ledger(folder / "ledger.jsonl", ledger)
         run_config = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
         writer = MetricsWriter(folder, config.logging, run_config, config.run.name, iteration, config.train.train_iters)
-        _announce(writer, engine, plan, ledger, iteration)
+        _announce(writer, engine, plan, ledger, validation, iteration)
     extra = {"config": to_yaml(config)}
     saved = first = iteration
     skipped, window = 0, ProfileWindow(config.profile, folder / "profile", layout.rank)
@@ -209,10 +209,14 @@ def _has_checkpoint(config: Config) -> bool:
     return config.checkpoint.save is not None and latest_iteration(config.checkpoint.save) is not None
 
 
-def _announce(writer: MetricsWriter, engine: Engine, plan: Plan, ledger: list, iteration: int) -> None:
+def _announce(
+    writer: MetricsWriter, engine: Engine, plan: Plan, ledger: list, validation: Validation | None, iteration: int
+) -> None:
     config = engine.config
     writer.say(f"> {config.run.name}: {config.model.family} on {engine.device.type}, {engine.layout.describe()}")
     writer.say(f"> {len(plan.lengths)} documents in {_sources(config.data)}, {_told(ledger)}")
+    if validation:
+        writer.say(f"> {validation.description}")
     writer.say("> trainable: {:,} of {:,} parameters".format(*engine.trained_of))
     if iteration:
         writer.say(f"> resuming after iteration {iteration}")

@@ -34,10 +34,11 @@ class Validation:
         self._layout = Builder(family)
         self._plan: Plan
         self._reader: SampleReader
-        self._plan, self._reader, self.ledger = open_data(
+        self._plan, self._reader, left_out = open_data(
             self._data, config.model, self._layout, load_tokenizer(config.data.tokenizer), config.train.seed,
             "data.validation",
         )  # fmt: skip
+        self.description = f"{len(self._plan.lengths)} documents held out, {len(left_out)} of them too long as they are"
 
     def due(self, iteration: int, last: bool) -> bool:
         """Whether an evaluation follows this iteration, which may be the run's last."""

@@ -157,18 +157,17 @@ class MegatronEngine(CommonEngine):
         average = {}
         if self.average and (saved is None or any(name.startswith(EMA) for name in saved)):
             with self.average.as_first_moments():
-                average = {"ema": _average_alone(self._optimizer_state(is_loading))}
+                average = {"ema": _average_alone(self._optimizer_state(model, is_loading))}
         return {
             "model": model,
-            "optimizer": self._optimizer_state(is_loading),
+            "optimizer": self._optimizer_state(model, is_loading),
             **average,
             "schedule": self.schedule.state_dict(),
             "distributed_optimizer": self.config.parallel.use_distributed_optimizer,
         }
 
-    def _optimizer_state(self, is_loading: bool) -> dict[str, Any]:
-        # Of model states of its own: the optimizer's entries share objects with what it is given.
-        state = self.optimizer.sharded_state_dict(model_state(self.models), is_loading=is_loading, metadata=METADATA)
+    def _optimizer_state(self, model: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+        state = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
         _keep_empty_groups_out(state)
         return state
 
